@@ -1,0 +1,47 @@
+// out = bias + scale * dropout(x) A^T B^T, or out += ...: the product behind low_rank_linear, lora_linear and
+// lora_delta_ (LoRA: Hu et al. 2021, eq. 3). The (tokens, rank) middle never leaves the cache but for the copy that
+// backward needs. Nothing here knows torch.
+#pragma once
+#include "common/dropout.h"
+#include "common/dtype.h"
+
+namespace lwft {
+
+struct LowRankForward {
+  int64_t tokens, in_features, rank, out_features, adapters;
+  DType dtype;        // of x, bias and out
+  DType param_dtype;  // of A, B and hidden
+  const void* x;      // (tokens, in_features), unit stride along in_features
+  int64_t x_row_stride;
+  const void* a;                 // (adapters, rank, in_features) contiguous
+  const void* b;                 // (adapters, out_features, rank) contiguous
+  const int64_t* adapter_index;  // (tokens), -1 = no adapter for this row; null: all rows use adapter 0
+  const void* bias;              // (out_features) or null; not read when accumulate
+  double scale;
+  Dropout dropout;  // on x: row = token, col = input feature
+  bool accumulate;  // out += the product, instead of out = bias + the product
+  void* out;        // (tokens, out_features), unit stride along out_features
+  int64_t out_row_stride;
+  void* hidden;  // (tokens, rank) contiguous: dropout(x) A^T, unscaled
+};
+
+struct LowRankBackward {
+  int64_t tokens, in_features, rank, out_features, adapters;
+  DType dtype, param_dtype;
+  const void* grad_out;  // (tokens, out_features), unit stride along out_features
+  int64_t grad_out_row_stride;
+  const void* x;
+  int64_t x_row_stride;
+  const void* a;
+  const void* b;
+  const void* hidden;
+  const int64_t* adapter_index;
+  double scale;
+  Dropout dropout;
+  void* dx;     // (tokens, in_features) contiguous, the low-rank part only; null when not wanted, as all below
+  void* da;     // like a
+  void* db;     // like b
+  void* dbias;  // (out_features) of dtype: the column sums of grad_out
+};
+
+}  // namespace lwft
