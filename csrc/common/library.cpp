@@ -1,0 +1,23 @@
+// What the library does once, as torch loads it: lend the kernels torch's threads, and say which kernels run.
+#include "common/cpu/dispatch.h"
+#include "common/cpu/threads.h"
+#include "common/op.h"
+
+namespace lwft {
+namespace {
+
+void run_on_torch_threads(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) {
+  torch::stable::parallel_for(0, tasks, 1,
+                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+std::string cpu_isa_name() { return cpu_isa(); }
+
+}  // namespace
+}  // namespace lwft
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) { m.def("cpu_isa() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(lwft, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&lwft::cpu_isa_name));
+}

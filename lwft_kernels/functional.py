@@ -1,0 +1,5 @@
+"""The ops, under the names and argument order of `torch.nn.functional` where it has a word for the thing."""
+
+from lwft_kernels.norm.functional import add_layer_norm
+
+__all__ = ["add_layer_norm"]

@@ -1,0 +1,31 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # `import oracle` from every room
+
+import lwft_kernels
+from lwft_kernels import backend
+
+
+@pytest.fixture(autouse=True)
+def fresh_state(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same random numbers whatever ran before, and counts of this test alone."""
+    torch.manual_seed(0)
+    lwft_kernels.reset_stats()
+    yield
+
+
+@pytest.fixture
+def native() -> Iterator[None]:
+    """The compiled kernels or a failure: a test of them must not pass on the reference."""
+    assert backend.library_error is None, backend.library_error
+    with lwft_kernels.use_backend("native"):
+        yield
