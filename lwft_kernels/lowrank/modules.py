@@ -228,14 +228,14 @@ class LoRALinear(nn.Linear):
         wide = torch.promote_types(weight.dtype, self.lora_a.dtype)
         branch = self.lora_b.to(wide) @ self.lora_a.to(wide)
         merged = torch.add(weight.to(wide), branch, alpha=self.scale).to(weight.dtype)
-        self.unmerged_weight = weight
+        self._buffers["unmerged_weight"] = weight  # not by setattr, which would make it a parameter again
         self.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
 
     def unmerge(self) -> None:
         """Put the weight from before `merge` back: the same parameter, every bit of it."""
         if self.unmerged_weight is None:
             return
-        weight, self.unmerged_weight = self.unmerged_weight, None
+        weight, self._buffers["unmerged_weight"] = self.unmerged_weight, None
         if not isinstance(weight, nn.Parameter):  # .to() makes a plain tensor of it
             weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         self.weight = weight
