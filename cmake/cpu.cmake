@@ -1,8 +1,8 @@
-# lwft_cpu_kernels: every csrc/<room>/<room>_cpu.cpp compiled once per instruction-set level, and csrc/common/cpu/*.cpp
-# (dispatch, threads) compiled once with baseline flags.
+# lwft_cpu_kernels: every *_cpu.cpp (the kernels of a room, the products they share) compiled once per level
+# of instruction set; the other files of csrc/common/cpu (dispatch, threads) once, with baseline flags.
 #
-# A kernel file is compiled with -DLWFT_ISA=<level> and puts all it defines into namespace lwft::LWFT_ISA. The rest of
-# the code is told the levels as LWFT_ISA_LEVELS, an X-macro list in rising order: X(baseline) X(avx2) ...
+# A *_cpu.cpp is compiled with -DLWFT_ISA=<level> and puts all it defines into namespace lwft::LWFT_ISA. The
+# rest of the code is told the levels as LWFT_ISA_LEVELS, a list in rising order: X(baseline) X(avx2) ...
 include(CheckCXXCompilerFlag)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
@@ -17,14 +17,15 @@ else()
 endif()
 set(LWFT_ISA_LEVELS "${isa_known}" CACHE STRING "Instruction-set levels to compile the CPU kernels for")
 
-file(GLOB cpu_kernel_sources CONFIGURE_DEPENDS csrc/*/*_cpu.cpp)
+file(GLOB cpu_kernel_sources CONFIGURE_DEPENDS csrc/*/*_cpu.cpp csrc/common/cpu/*_cpu.cpp)
 file(GLOB cpu_common_sources CONFIGURE_DEPENDS csrc/common/cpu/*.cpp)
+list(REMOVE_ITEM cpu_common_sources ${cpu_kernel_sources})
 
 set(isa_levels)
 set(isa_objects)
 foreach(level IN LISTS LWFT_ISA_LEVELS)
   if(NOT level IN_LIST isa_known)
-    message(FATAL_ERROR "LWFT_ISA_LEVELS: '${level}' is not one of ${isa_known} (on ${CMAKE_SYSTEM_PROCESSOR})")
+    message(FATAL_ERROR "LWFT_ISA_LEVELS: ${CMAKE_SYSTEM_PROCESSOR} has ${isa_known}, not '${level}'")
   endif()
   string(REPLACE ";" " " flags "${isa_flags_${level}}")
   if(flags)
@@ -43,9 +44,9 @@ foreach(level IN LISTS LWFT_ISA_LEVELS)
   target_compile_definitions(lwft_isa_${level} PRIVATE LWFT_ISA=${level})
   target_compile_options(lwft_isa_${level} PRIVATE ${isa_flags_${level}})
 
-  # An inline function or template of a shared header (std::vector's, say) that one level emits out of line is, to the
-  # linker, the same function as every other level's, and it keeps one: perhaps the one with AVX-512 in it, for all.
-  # So the objects of a level become one object, in which only lwft::<level> stays visible.
+  # An inline function from outside lwft::<level> (of std::vector, say) that a level emits out of line is, to
+  # the linker, the same function as every other level's, and it keeps one: perhaps the one with AVX-512 in
+  # it, for all. So the objects of a level become one object, in which only lwft::<level> stays visible.
   # (Not under sanitizers, whose own linker groups have to survive.)
   if(CMAKE_OBJCOPY AND NOT LWFT_SANITIZE)
     set(object ${PROJECT_BINARY_DIR}/isa/${level}.o)
@@ -74,3 +75,7 @@ set_target_properties(lwft_cpu_kernels PROPERTIES LINKER_LANGUAGE CXX)
 target_include_directories(lwft_cpu_kernels PUBLIC csrc)
 target_compile_definitions(lwft_cpu_kernels PUBLIC "LWFT_ISA_LEVELS=${isa_list}")
 target_link_libraries(lwft_cpu_kernels PUBLIC Threads::Threads)
+
+# Taken whole: dispatch refers to rooms weakly while not all stand, and that draws nothing from an archive.
+add_library(lwft_cpu INTERFACE)
+target_link_libraries(lwft_cpu INTERFACE -Wl,--whole-archive lwft_cpu_kernels -Wl,--no-whole-archive)

@@ -1,7 +1,7 @@
 # What only tests need: the CUDA kernels on the CPU, the pybind11 harness, the C++ tests.
 
-# lwft_emulated_cuda: the same csrc/<room>/<room>_cuda.cu, compiled as C++ over the host side of the portable header in
-# csrc/common/cuda. A one-line file stands in for each, since CMake gives a source file one language only.
+# lwft_emulated_cuda: the same csrc/<room>/<room>_cuda.cu, compiled as C++ over the host side of the portable
+# header in csrc/common/cuda. A one-line file includes each, since CMake gives a file one language only.
 file(GLOB emulated_cuda CONFIGURE_DEPENDS csrc/*/*_cuda.cu)
 file(GLOB emulator_sources CONFIGURE_DEPENDS csrc/common/cuda/*.cpp)
 set(emulated_sources)
@@ -17,14 +17,14 @@ if(emulated_sources OR emulator_sources)
 endif()
 
 add_library(lwft_test_kernels INTERFACE)
-target_link_libraries(lwft_test_kernels INTERFACE lwft_cpu_kernels $<TARGET_NAME_IF_EXISTS:lwft_emulated_cuda>)
+target_link_libraries(lwft_test_kernels INTERFACE lwft_cpu $<TARGET_NAME_IF_EXISTS:lwft_emulated_cuda>)
 
 if(LWFT_HARNESS)
   file(GLOB harness_sources CONFIGURE_DEPENDS csrc/harness/*.cpp)
   find_package(Python 3.10 REQUIRED COMPONENTS Interpreter OPTIONAL_COMPONENTS Development.Module)
   if(NOT Python_Development.Module_FOUND)
-    message(FATAL_ERROR "LWFT_HARNESS: ${Python_EXECUTABLE} comes without its C headers (Python.h): install them, e.g. "
-                        "Debian's python3-dev")
+    message(FATAL_ERROR "LWFT_HARNESS: ${Python_EXECUTABLE} comes without its C headers (Python.h): install "
+                        "them, e.g. Debian's python3-dev")
   endif()
   execute_process(COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir OUTPUT_VARIABLE pybind11_DIR
                   OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE failed)
