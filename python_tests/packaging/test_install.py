@@ -77,12 +77,13 @@ def test_torch_is_looked_up_and_not_imported(bare_python, tmp_path, version):
     assert (result.returncode, result.stdout.strip()) == (0, str(package.resolve())), result.stderr
 
 
-def test_torch_of_the_target_environment_is_found_without_its_site_packages(bare_python):
-    """As in pip's isolated build: the target's interpreter, its site-packages hidden (-S)."""
+def test_torch_of_the_target_environment_is_found_behind_pips_isolation(bare_python, tmp_path):
+    """pip runs the target's interpreter and hides its site-packages by a sitecustomize."""
     purelib = run(bare_python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\n\nsys.path.remove({purelib!r})\n")
     package = stand_in_for_torch(Path(purelib), "2.13.0")
     try:
-        result = run(bare_python, "-S", ROOT / "cmake" / "find_torch.py")
+        result = run(bare_python, ROOT / "cmake" / "find_torch.py", PYTHONPATH=str(tmp_path))
         assert result.stdout.strip() == str(package.resolve()), result.stderr
     finally:
         shutil.rmtree(package)
