@@ -21,6 +21,8 @@ target_link_libraries(lwft_test_kernels INTERFACE lwft_cpu $<TARGET_NAME_IF_EXIS
 
 if(LWFT_HARNESS)
   file(GLOB harness_sources CONFIGURE_DEPENDS csrc/harness/*.cpp)
+  file(GLOB harness_level_sources CONFIGURE_DEPENDS csrc/harness/*_cpu.cpp)  # per level, as kernels are
+  list(REMOVE_ITEM harness_sources ${harness_level_sources})
   find_package(Python 3.10 REQUIRED COMPONENTS Interpreter OPTIONAL_COMPONENTS Development.Module)
   if(NOT Python_Development.Module_FOUND)
     message(FATAL_ERROR "LWFT_HARNESS: ${Python_EXECUTABLE} comes without its C headers (Python.h): install "
@@ -34,7 +36,8 @@ if(LWFT_HARNESS)
   set(PYBIND11_FINDPYTHON ON)
   find_package(pybind11 REQUIRED CONFIG)
   if(harness_sources)
-    pybind11_add_module(lwft_harness NO_EXTRAS ${harness_sources})
+    lwft_compile_per_level(harness ${harness_level_sources})
+    pybind11_add_module(lwft_harness NO_EXTRAS ${harness_sources} ${harness_objects})
     target_link_libraries(lwft_harness PRIVATE lwft_test_kernels)
   endif()
 endif()

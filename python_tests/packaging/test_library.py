@@ -14,7 +14,7 @@ import torch
 import lwft_kernels
 
 LIBRARY = Path(lwft_kernels.__file__).with_name("_C.so")
-LEVEL_OBJECTS = Path(__file__).parents[2] / "build" / "isa"  # one object per instruction set: cmake/cpu.cmake
+LEVEL_OBJECTS = Path(__file__).parents[2] / "build" / "isa"  # <level>/<library>.o: cmake/cpu.cmake
 
 pytestmark = pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
 
@@ -71,21 +71,22 @@ def test_cuda_stream_is_found_where_torch_has_cuda():
 @pytest.mark.skipif(not LEVEL_OBJECTS.is_dir(), reason="not run beside the build directory")
 def test_a_level_shows_its_own_names_only():
     """Else the linker could give all levels one level's copy of a shared inline function, AVX-512 and all."""
-    objects = sorted(LEVEL_OBJECTS.glob("*.o"))
+    objects = sorted(LEVEL_OBJECTS.glob("*/*.o"))
     assert objects
     for path in objects:
         shown = [name for _, name in symbols(path, "--extern-only", "--defined-only")]
         assert shown, path
-        own = f"_ZN4lwft{len(path.stem)}{path.stem}"
+        level = path.parent.name
+        own = f"_ZN4lwft{len(level)}{level}"  # as the compiler spells lwft::<level>
         assert not [name for name in shown if not name.startswith(own)], path
 
 
 @pytest.mark.skipif(
-    not (LEVEL_OBJECTS / "avx2.o").is_file(), reason="not run beside an x86-64 build directory"
+    not (LEVEL_OBJECTS / "avx2").is_dir(), reason="not run beside an x86-64 build directory"
 )
 def test_the_baseline_has_no_wider_instructions():
     code = subprocess.run(
-        ["objdump", "--disassemble", "--no-show-raw-insn", LEVEL_OBJECTS / "baseline.o"],
+        ["objdump", "--disassemble", "--no-show-raw-insn", LEVEL_OBJECTS / "baseline" / "kernels.o"],
         capture_output=True,
         text=True,
         check=True,
