@@ -39,7 +39,7 @@ py::tuple forward(const std::string& level, const py::array& x, const py::array&
   p.bias = bias.data();
   p.accumulate = !base_out.is_none();
   py::array out = empty(p.out_dtype, {p.tokens, p.out_features});
-  py::array hidden = empty(p.param_dtype, {p.tokens, p.rank});
+  py::array hidden = empty(accumulate_dtype(p.param_dtype), {p.tokens, p.rank});
   if (p.accumulate) out[py::ellipsis()] = base_out;
   p.out = out.mutable_data();
   p.out_row_stride = p.out_features;
