@@ -28,9 +28,7 @@ def _results(needs: int, *likes: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor
 
 def _hidden(x: Tensor, down: Tensor) -> Tensor:
     """(T, r), not rounded to 16 bits."""
-    return down.new_empty(
-        x.shape[0], down.shape[-2], dtype=torch.promote_types(down.dtype, torch.float32)
-    )
+    return down.new_empty(x.shape[0], down.shape[-2], dtype=torch.promote_types(down.dtype, torch.float32))
 
 
 # ---- low_rank_linear(x, down_weight, up_weight, bias) ----

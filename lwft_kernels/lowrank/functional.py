@@ -39,7 +39,7 @@ def low_rank_linear(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Ten
         down_weight, up_weight = _autocast_adapter(down_weight, dtype), _autocast_adapter(up_weight, dtype)
         bias = None if bias is None else _autocast(bias, down_weight.dtype)
     checks.at_least_dims(op, "up_weight", up_weight, 2, "(d_out, rank)")
-    d_in, d_out = x.shape[-1], up_weight.shape[0]
+    d_out = up_weight.shape[0]
     _check_factors(op, ("down_weight", down_weight), ("up_weight", up_weight), x, d_out, stacked=False)
     checks.parameter_dtype(op, "down_weight", down_weight, "x", x)
     if bias is not None:
@@ -47,13 +47,12 @@ def low_rank_linear(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Ten
         checks.same_device(op, "bias", bias, "x", x)
         checks.same_dtype(op, "bias", bias, "down_weight", down_weight)
 
-    rows = x.reshape(-1, d_in)
+    rows = _rows(x)
     if backend.use_native(op, x.device):
         out = autograd.low_rank_linear(rows, down_weight, up_weight, bias)[0]
     else:
         out = reference.low_rank_linear(rows, down_weight, up_weight, bias)
-    result: Tensor = out.view(*x.shape[:-1], d_out)
-    return result
+    return _with_leading_shape(out, x)
 
 
 def lora_linear(
@@ -123,15 +122,14 @@ def lora_linear(
     index = _token_adapters(op, adapter_index, x, lora_a.shape[0])
 
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
-    rows = x.reshape(-1, d_in)
+    rows = _rows(x)
     if backend.use_native(op, x.device):
         out = autograd.lora_linear(rows, weight, bias, lora_a, lora_b, index, seed, scale, dropout_p)[0]
     else:
         out = reference.lora_linear(
             rows, weight, bias, lora_a, lora_b, index, scale=scale, dropout_p=dropout_p, seed=seed
         )
-    result: Tensor = out.view(*x.shape[:-1], d_out)
-    return result
+    return _with_leading_shape(out, x)
 
 
 def lora_delta_(
@@ -174,7 +172,7 @@ def lora_delta_(
     checks.at_least_dims(op, "base_out", base_out, 1, "(..., d_out)")
     checks.shape(op, "base_out", base_out, (*x.shape[:-1], None), "the leading shape of x and d_out")
     checks.same_device(op, "base_out", base_out, "x", x)
-    d_in, d_out = x.shape[-1], base_out.shape[-1]
+    d_out = base_out.shape[-1]
     if d_out == 0:
         raise ValueError(f"{op}: the last dimension of base_out is empty; there is nothing to add to")
     _check_factors(op, ("lora_a", lora_a), ("lora_b", lora_b), x, d_out, stacked=adapter_index is not None)
@@ -190,15 +188,26 @@ def lora_delta_(
     index = _token_adapters(op, adapter_index, x, lora_a.shape[0])
 
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
-    rows = x.reshape(-1, d_in)
+    rows = _rows(x)
     if not backend.use_native(op, x.device):
         delta = reference.lora_delta(rows, lora_a, lora_b, index, scale=scale, dropout_p=dropout_p, seed=seed)
         return base_out.add_(delta.view(base_out.shape))
     rest = (rows, lora_a, lora_b, index, seed, scale, dropout_p)
-    if torch.compiler.is_compiling() or not _is_rows(base_out):
+    # torch.compile differentiates no op that writes into an argument; torch.func is refused in autograd.lora_delta
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or not _is_rows(base_out):
         out = autograd.lora_delta(base_out.reshape(-1, d_out), *rest)[0]
         return base_out.copy_(out.view(base_out.shape))
     return autograd.lora_delta_(base_out, *rest)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(T, d), without a node of autograd where x is that already."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _with_leading_shape(out: Tensor, x: Tensor) -> Tensor:
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _check_input(op: str, x: Tensor) -> None:
@@ -233,9 +242,9 @@ def _check_writable(op: str, base_out: Tensor) -> None:
     """What autograd would refuse after the kernel has written already."""
     if any(stride == 0 and size > 1 for size, stride in zip(base_out.shape, base_out.stride(), strict=True)):
         raise ValueError(f"{op}: base_out is expanded (one element in many places); pass base_out.clone()")
-    if not (torch.is_grad_enabled() and base_out.requires_grad):
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and base_out.requires_grad):
         return
-    source = base_out._base if base_out._is_view() and base_out._base is not None else base_out
+    source = base_out if base_out._base is None else base_out._base
     if source.is_leaf and source.requires_grad:
         raise ValueError(
             f"{op}: base_out is a leaf that requires a gradient, not to be written; pass base_out.clone()"
