@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
-# Instruction-set levels whose memory accesses are checked. Threads are shared out the same way on all: one will do.
+# Levels of instruction set whose memory accesses are checked. (Threads are used alike on all.)
 SANITIZED_LEVELS ?= $(if $(filter x86_64 amd64,$(shell uname -m)),baseline;avx2;avx512_bf16,baseline)
 
 python := $(abspath $(VENV))/bin/python
@@ -77,7 +77,8 @@ test: $(VENV)/.install-test library
 	$(cmake) --build build/address $(jobs)
 	$(ctest) --test-dir build/address
 	$(say) 'C++ tests under the thread sanitizer'
-	$(cmake) -S . -B build/thread $(configure) -DLWFT_TESTS=ON -DLWFT_SANITIZE=thread -DLWFT_ISA_LEVELS=baseline
+	$(cmake) -S . -B build/thread $(configure) -DLWFT_TESTS=ON -DLWFT_SANITIZE=thread \
+	  -DLWFT_ISA_LEVELS=baseline
 	$(cmake) --build build/thread $(jobs)
 	$(ctest) --test-dir build/thread
 	$(say) 'Python tests'
