@@ -1,7 +1,7 @@
 # From a clean clone with only Python (3.10+), a C++ compiler and make: `make test` and `make bench`.
 # All that is installed goes into .venv, all that is built into build/. What is up to date is not done again.
 #
-#   make TORCH='torch==2.14.1' test       another torch: any words for `pip install`
+#   make TORCH='torch==2.14.1' test       another torch, in a new .venv: any words for `pip install`
 #   make PYTHON=python3.12 test           another Python
 #   make MAX_JOBS=1 WORKERS=1 test        a small machine
 
