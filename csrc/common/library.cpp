@@ -6,18 +6,24 @@
 namespace lwft {
 namespace {
 
-void run_on_torch_threads(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) {
-  torch::stable::parallel_for(0, tasks, 1,
-                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
+void run_on_torch_threads(int64_t tasks, TaskRange run, void* context) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { run(context, begin, end); });
 }
 
-std::string cpu_isa_name() { return cpu_isa(); }
+const bool installed = (set_parallel_for(run_on_torch_threads), true);
+
+std::string cpu_isa() { return cpu_kernels().isa; }
+std::string cpu_isa_warning_text() { return cpu_isa_warning(); }
 
 }  // namespace
 }  // namespace lwft
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) { m.def("cpu_isa() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) { 
+  m.def("cpu_isa() -> str");
+  m.def("cpu_isa_warning() -> str");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(lwft, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&lwft::cpu_isa_name));
+  m.impl("cpu_isa", TORCH_BOX(&lwft::cpu_isa));
+  m.impl("cpu_isa_warning", TORCH_BOX(&lwft::cpu_isa_warning_text));
 }

@@ -41,4 +41,10 @@ struct AddLayerNormBackward {
   void* dbias;          // (model_dim) of param_dtype
 };
 
+// One level of the CPU kernels (common/cpu/dispatch.h).
+struct NormKernels {
+  void (*forward)(const AddLayerNormForward&);
+  void (*backward)(const AddLayerNormBackward&);
+};
+
 }  // namespace lwft
