@@ -61,7 +61,7 @@ struct Inputs {
         mask(unit_or_no_stride(mask_in)),
         prefix_k(unit_stride(prefix_k_in)),
         prefix_v(unit_stride(prefix_v_in)),
-        lengths(contiguous(lengths_in)) {}
+        lengths(as_contiguous(lengths_in)) {}
 
   AttentionShape shape() const {
     AttentionShape s{};
@@ -121,8 +121,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const MaybeTensor& lengths, const Tensor& out_in, const Tensor& lse_in, const MaybeTensor& seed, double scale,
     bool causal, int64_t window, double softcap, double dropout_p, int64_t needs) {
   const Inputs in(q, k, v, bias, mask, prefix_k, prefix_v, lengths);
-  const Tensor grad_out = unit_stride(grad_out_in), out = unit_stride(out_in), lse = contiguous(lse_in);
-  const MaybeTensor grad_lse = contiguous(grad_lse_in);
+  const Tensor grad_out = unit_stride(grad_out_in), out = unit_stride(out_in), lse = as_contiguous(lse_in);
+  const MaybeTensor grad_lse = as_contiguous(grad_lse_in);
   const Wanted wanted(needs);
   AttentionBackward p{};
   p.shape = in.shape();
