@@ -149,7 +149,7 @@ struct BackwardBuffers {
   // Per tile.
   PackedRows<T> q, grad_out;
   T *scores, *dscores;   // (kScoreRows, kScoreStride): S, then P * Z;  dP, then dS
-  T *slope, *multiplier;  // (kScoreStride), of one row: of the softcap; Z
+  T *slope, *multiplier;  // (kScoreStride), of one row: derivative of the softcap; Z
 
   BackwardBuffers(int64_t rows, int64_t d, Scratch& scratch) : q(d, scratch), grad_out(d, scratch) {
     shift = scratch.take<T>(rows);
@@ -222,20 +222,36 @@ void row_statistics(const AttentionBackward& p, const HeadGroup& group, const Ba
 
 // ---- a tile ----
 
-// P and dS of one row from finished scores and dP: scores become P * Z, dscores dS.
-template <class T>
-void weights_row(int64_t n, T shift, T factor, T delta, const T* multiplier, T* scores, T* dscores) {
+// One row, P = weight(score) and Z * dP in dscores: scores become P * Z, dscores dS = P * (Z * dP - delta).
+template <class T, class Weight>
+void weigh(int64_t n, const Weight& weight, T delta, const T* multiplier, T* scores, T* dscores) {
   for (int64_t j = 0; j < n; j += kLanes<T>) {
-    const Vec<T> weight = exp(load(scores + j) - shift) * factor;
-    if (multiplier == nullptr) {
-      store(scores + j, weight);
-      store(dscores + j, weight * (load(dscores + j) - delta));
-    } else {
-      const Vec<T> z = load(multiplier + j);
-      store(scores + j, weight * z);
-      store(dscores + j, weight * (load(dscores + j) * z - delta));
-    }
+    const Vec<T> p = weight(load(scores + j));
+    store(scores + j, multiplier == nullptr ? p : p * load(multiplier + j));
+    store(dscores + j, p * (load(dscores + j) - delta));
   }
+}
+
+// The same for a row all of whose keys are in the tile, where the softmax can be had from the scores themselves, and
+//     delta = sum over the keys of P * Z * dP - dlse
+// from the very dP it is subtracted from. The two cancel then as they should: with a single key dS is exactly 0, while
+// delta from a rounded `out` leaves noise.
+template <class T>
+void weigh_whole_row(int64_t n, T dlse, const T* multiplier, T* scores, T* dscores) {
+  RunningSoftmax<T> softmax;
+  softmax.add(n, scores);
+  Vec<T> products{};
+  for (int64_t j = 0; j < n; j += kLanes<T>) products = fma(load(scores + j), load(dscores + j), products);
+  const T factor = softmax.inverse_total();
+  const T delta = softmax.total == 0 ? T{0} : sum(products) * factor - dlse;
+  weigh(n, [factor](Vec<T> e) { return e * factor; }, delta, multiplier, scores, dscores);
+}
+
+// Whether all that a row sees is in this block.
+inline bool is_whole(const HeadGroup& group, int64_t row, const Segment& segment, Range block) {
+  const Range keys = group.visible(row);
+  if (segment.prefix) return block.size() == segment.count && keys.empty();
+  return group.shape.prefix == 0 && block.begin <= keys.begin && keys.end <= block.end;
 }
 
 template <class T>
@@ -253,11 +269,12 @@ void add_bias_gradient(const BiasSums<T>& bias, T* sums, int64_t first, int64_t 
   if (whole < n) store_first(sums + whole, load_first(sums + whole, n - whole) + last, n - whole);
 }
 
-// The row of a tile: raw scores and dP of `width` keys from `first` on become P * Z and dS, 0 where nothing is seen.
+// One row of a tile: raw scores and dP of `width` keys from `first` on become P * Z and dS, 0 where nothing is seen.
 template <class T>
 void score_gradient_row(const BackwardPlan<T>& plan, const HeadGroup& group, int64_t row, const Segment& segment,
-                        int64_t chunk, Range seen, int64_t first, int64_t width, const BackwardBuffers<T>& buffers,
+                        int64_t chunk, Range block, int64_t first, int64_t width, const BackwardBuffers<T>& buffers,
                         T* scores, T* dscores) {
+  const Range seen = intersect(segment.visible(group, row), block);
   if (seen.empty()) {
     fill(scores, 0, width, T{0});
     fill(dscores, 0, width, T{0});
@@ -266,13 +283,25 @@ void score_gradient_row(const BackwardPlan<T>& plan, const HeadGroup& group, int
   const AttentionRule& rule = group.rule;
   const int64_t begin = seen.begin - first, n = seen.size();
   finish_scores(group, row, segment.prefix, seen.begin, n, scores + begin, buffers.slope);
+  fill(dscores, begin + n, begin + padded<T>(n), T{0});
   const T* multiplier = nullptr;
   if (rule.dropout.active()) {
-    dropout_multipliers(rule.dropout, group.index(row), segment.first_column + seen.begin, n, buffers.multiplier);
     multiplier = buffers.multiplier;
+    dropout_multipliers(rule.dropout, group.index(row), segment.first_column + seen.begin, n, buffers.multiplier);
+    fill(buffers.multiplier, n, padded<T>(n), T{0});
+    for (int64_t j = 0; j < n; j += kLanes<T>) {
+      store(dscores + begin + j, load(dscores + begin + j) * load(multiplier + j));
+    }
   }
-  weights_row(n, buffers.shift[row], buffers.factor[row], buffers.delta[row], multiplier, scores + begin,
-              dscores + begin);
+  if (is_whole(group, row, segment, block)) {
+    const T* grad_lse = static_cast<const T*>(plan.p.grad_lse);
+    const T dlse = grad_lse == nullptr ? T{0} : grad_lse[group.index(row)];
+    weigh_whole_row(n, dlse, multiplier, scores + begin, dscores + begin);
+  } else {
+    const T shift = buffers.shift[row], factor = buffers.factor[row];
+    weigh(n, [=](Vec<T> score) { return exp(score - shift) * factor; }, buffers.delta[row], multiplier,
+          scores + begin, dscores + begin);
+  }
   if (plan.bias.data != nullptr && !segment.prefix) {
     add_bias_gradient(plan.bias, plan.bias.row(group, row, chunk), seen.begin, n, dscores + begin);
   }
@@ -309,10 +338,8 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
   gemm(count, columns, d, buffers.grad_out.row_major, d_padded, 1, buffers.values_transposed + first * d,
        buffers.dscores, kScoreStride<T>, Mode::overwrite);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = tile.begin + i;
-    score_gradient_row(plan, group, row, segment, chunk, intersect(segment.visible(group, row), block),
-                       block.begin + first, width, buffers, buffers.scores + i * kScoreStride<T>,
-                       buffers.dscores + i * kScoreStride<T>);
+    score_gradient_row(plan, group, tile.begin + i, segment, chunk, block, block.begin + first, width, buffers,
+                       buffers.scores + i * kScoreStride<T>, buffers.dscores + i * kScoreStride<T>);
   }
   if (dv_wanted) {
     buffers.grad_out.pack(count, d);
