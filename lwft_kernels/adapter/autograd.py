@@ -1,7 +1,7 @@
 """Shapes and gradient of ``lwft::adapter_forward``.
 
-With n = LayerNorm(x), z = n Wd^T + bd (kept as `hidden`), h = act(z) and
-out = residual + mask * scale * (h Wu^T + bu), where the mask is the dropout's (Houlsby et al. 2019, figure 2):
+With n = LayerNorm(x), z = n Wd^T + bd (kept as `hidden`), h = act(z) and out = residual + mask * scale *
+(h Wu^T + bu), where the mask is the dropout's (Houlsby et al. 2019, figure 2):
 
     g  = mask * scale * grad_out,   dWu = g^T h,    dbu = sum over tokens of g,
     dz = (g Wu) * act'(z),          dWd = dz^T n,   dbd = sum over tokens of dz,

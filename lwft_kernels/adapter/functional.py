@@ -41,38 +41,46 @@ def adapter(
 ) -> Tensor:
     """residual + dropout(scale * up(act(down(layer_norm(x)))))
 
-    The bottleneck adapter of Houlsby et al. 2019 (figure 2), with the scale of He et al. 2022 (section 4). `x` is
-    read once and the result written once; backward keeps the (T, m) bottleneck beside the inputs and nothing
-    wider.
+    The bottleneck adapter of Houlsby et al. 2019 (figure 2), with the scale of He et al. 2022 (section 4).
+    `x` is read once and the result written once; backward keeps the (T, m) bottleneck beside the inputs and
+    nothing wider.
 
     Args:
         x: (..., d), float64, float32, bfloat16 or float16.
         down_weight, down_bias: (m, d) and (m,) or None, as in `nn.Linear(d, m)`.
-        up_weight, up_bias: (d, m) and (d,) or None, as in `nn.Linear(m, d)`. All parameters have one dtype: that
-            of `x`, or float32 beside 16-bit activations.
-        activation: one of `ACTIVATIONS`; "gelu" is the exact one, "gelu_tanh" the tanh approximation, "leaky_relu"
-            has slope 0.01; "swish" is another name of "silu".
+        up_weight, up_bias: (d, m) and (d,) or None, as in `nn.Linear(m, d)`. All parameters have one dtype:
+            that of `x`, or float32 beside 16-bit activations.
+        activation: one of `ACTIVATIONS`; "gelu" is the exact one, "gelu_tanh" the tanh approximation,
+            "leaky_relu" has slope 0.01; "swish" is another name of "silu".
         norm_weight, norm_bias: (d,): with `norm_weight` given, `x` passes through a LayerNorm first.
         eps: added to the variance of the LayerNorm.
         scale: multiplies the branch, before dropout.
         residual: what the branch is added to, of the shape and dtype of `x`; often `x` itself. None adds
             nothing.
-        dropout_p: probability of an element of the branch to be zeroed. It is applied whenever it is above 0 (as
-            in `scaled_dot_product_attention`): pass 0.0 in evaluation.
+        dropout_p: probability of an element of the branch to be zeroed. It is applied whenever it is above 0
+            (as in `scaled_dot_product_attention`): pass 0.0 in evaluation.
 
     Returns:
-        (..., d) in the dtype of `x`. Under autocast `x`, `residual` and the parameters are cast to its dtype, as
-        for `linear`.
+        (..., d) in the dtype of `x`. Under autocast `x`, `residual` and the parameters are cast to its dtype,
+        as for `linear`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
     """
-    checks.floating(_OP, "x", x)
+    given = {"x": x, "down_weight": down_weight, "up_weight": up_weight}
+    optional = {
+        "down_bias": down_bias,
+        "up_bias": up_bias,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+    }
+    for name, value in (*given.items(), *optional.items(), ("residual", residual)):
+        if value is not None or name in given:
+            checks.floating(_OP, name, value)
     checks.at_least_dims(_OP, "x", x, 1, "(..., d)")
     d = x.shape[-1]
     if d == 0:
         raise ValueError(f"{_OP}: the last dimension of x is empty; the model width d must be at least 1")
-    checks.floating(_OP, "down_weight", down_weight)
     checks.shape(_OP, "down_weight", down_weight, (None, d), "(m, d)")
     m = down_weight.shape[0]
     if m == 0:
@@ -97,15 +105,13 @@ def adapter(
         ("norm_weight", norm_weight, (d,), "(d,)"),
         ("norm_bias", norm_bias, (d,), "(d,)"),
     ):
-        if parameter is None and name != "up_weight":
+        if parameter is None:
             continue
-        checks.floating(_OP, name, parameter)
         checks.shape(_OP, name, parameter, shape, meaning)
         checks.same_device(_OP, name, parameter, "x", x)
         checks.parameter_dtype(_OP, name, parameter, "x", x)
         checks.same_dtype(_OP, name, parameter, "down_weight", down_weight)
     if residual is not None and not residual_is_x:
-        checks.floating(_OP, "residual", residual)
         checks.shape(_OP, "residual", residual, tuple(x.shape), "that of x")
         checks.same_device(_OP, "residual", residual, "x", x)
         checks.same_dtype(_OP, "residual", residual, "x", x)

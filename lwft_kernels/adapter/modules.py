@@ -15,10 +15,11 @@ class BottleneckAdapter(nn.Module):
 
     The parameters stand in children `down` and `up` (`nn.Linear`) and, with `layer_norm`, `norm`
     (`nn.LayerNorm`): the state_dict keys are ``down.weight``, ``down.bias``, ``up.weight``, ``up.bias``,
-    ``norm.weight``, ``norm.bias``. The children only hold them: they are not called, so hooks on them do not run.
+    ``norm.weight``, ``norm.bias``. The children only hold them: they are not called, so hooks on them do not
+    run.
 
-    A fresh module is the identity (with `residual`): `up` starts at zero, `down` as `nn.Linear` starts, so that
-    the first step moves `up` and the next ones both.
+    A fresh module is the identity (with `residual`): `up` starts at zero, `down` as `nn.Linear` starts, so
+    that the first step moves `up` and the next ones both.
 
     Args:
         model_dim: width d of the model.
