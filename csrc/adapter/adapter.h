@@ -61,4 +61,10 @@ struct AdapterBackward {
   void* dnorm_bias;
 };
 
+// One level of the CPU kernels (common/cpu/dispatch.h).
+struct AdapterKernels {
+  void (*forward)(const AdapterForward&);
+  void (*backward)(const AdapterBackward&);
+};
+
 }  // namespace lwft

@@ -61,4 +61,10 @@ struct AttentionBackward {
   int64_t prefix_batch;  // B or 1
 };
 
+// One level of the CPU kernels (common/cpu/dispatch.h).
+struct AttentionKernels {
+  void (*forward)(const AttentionForward&);
+  void (*backward)(const AttentionBackward&);
+};
+
 }  // namespace lwft

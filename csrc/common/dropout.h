@@ -11,7 +11,7 @@ struct Dropout {
   uint32_t threshold = 0;   // floor(p * 2^32); 0 = no dropout
   double keep_scale = 1.0;  // 1 / (1 - p); 0 when p == 1, which drops what the threshold alone would let through
 
-  bool active() const { return threshold != 0 || keep_scale != 1.0; }
+  LWFT_HOST_DEVICE bool active() const { return threshold != 0 || keep_scale != 1.0; }
 };
 
 inline Dropout make_dropout(uint64_t seed, uint64_t offset, double p) {

@@ -6,7 +6,9 @@
 #ifdef __CUDACC__
 #define LWFT_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define LWFT_HOST_DEVICE inline
+// always_inline: this code is shared by the instruction set levels, and no level's copy of it may be the one that the
+// linker keeps for all (see cpu/vec.h).
+#define LWFT_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace lwft {

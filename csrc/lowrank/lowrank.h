@@ -44,4 +44,10 @@ struct LowRankBackward {
   void* dbias;  // (out_features) of dtype: the column sums of grad_out
 };
 
+// One level of the CPU kernels (common/cpu/dispatch.h).
+struct LowRankKernels {
+  void (*forward)(const LowRankForward&);
+  void (*backward)(const LowRankBackward&);
+};
+
 }  // namespace lwft

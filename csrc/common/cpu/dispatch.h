@@ -1,0 +1,35 @@
+// Which compiled level of the CPU kernels runs. Chosen once, when first asked: the best the processor and the operating
+// system support, or what the environment variable LWFT_CPU_ISA names, if it is not better than that.
+//
+// A room adds its kernels by defining, in <room>_cpu.cpp and inside namespace lwft::LWFT_ISA,
+//     extern const NormKernels norm_kernels;                   // (so that it has external linkage)
+//     const NormKernels norm_kernels = {forward, backward};    // a constant: no code of a level may run at load time
+// and its op calls cpu_kernels().norm->forward(parameters).
+#pragma once
+#include "adapter/adapter.h"
+#include "attention/attention.h"
+#include "lowrank/lowrank.h"
+#include "norm/norm.h"
+
+namespace lwft {
+
+struct CpuKernels {
+  const char* isa;  // "baseline", "avx2", "avx512", "avx512_bf16"; on other processors "baseline" only
+  const NormKernels* norm;
+  const AdapterKernels* adapter;
+  const LowRankKernels* lowrank;
+  const AttentionKernels* attention;
+};
+
+// The level in use.
+const CpuKernels& cpu_kernels();
+
+// Every level that was compiled, worst first, and whether this machine can run it. For tests and `lwft-bench env`.
+int cpu_level_count();
+const CpuKernels& cpu_level(int index);
+bool cpu_level_runs_here(int index);
+
+// Why LWFT_CPU_ISA was not followed ("LWFT_CPU_ISA=avx512 ignored: ..."), or an empty string.
+const char* cpu_isa_warning();
+
+}  // namespace lwft
