@@ -1,4 +1,4 @@
-# lwft_cpu_kernels: every csrc/<room>/<room>_cpu.cpp compiled once per instruction-set level, and csrc/common/cpu/*.cpp
+# lwft_cpu_kernels: every *_cpu.cpp compiled once per instruction-set level, and the other csrc/common/cpu/*.cpp
 # (dispatch, threads) compiled once with baseline flags.
 #
 # A kernel file is compiled with -DLWFT_ISA=<level> and puts all it defines into namespace lwft::LWFT_ISA. The rest of
@@ -17,8 +17,9 @@ else()
 endif()
 set(LWFT_ISA_LEVELS "${isa_known}" CACHE STRING "Instruction-set levels to compile the CPU kernels for")
 
-file(GLOB cpu_kernel_sources CONFIGURE_DEPENDS csrc/*/*_cpu.cpp)
+file(GLOB cpu_kernel_sources CONFIGURE_DEPENDS csrc/*/*_cpu.cpp csrc/common/cpu/*_cpu.cpp)
 file(GLOB cpu_common_sources CONFIGURE_DEPENDS csrc/common/cpu/*.cpp)
+list(FILTER cpu_common_sources EXCLUDE REGEX "_cpu\\.cpp$")
 
 set(isa_levels)
 set(isa_objects)

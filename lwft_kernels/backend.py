@@ -101,7 +101,10 @@ def why_not_native(op: str, device: torch.device) -> str | None:
 
 def has_kernel(op: str, dispatch_key: str) -> bool:
     """Whether the loaded library registers a kernel for `lwft::{op}_forward` under a dispatch key such as "CPU"."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"lwft::{op}_forward", dispatch_key))
+    name = f"{op}_forward"
+    return hasattr(torch.ops.lwft, name) and bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"lwft::{name}", dispatch_key)
+    )
 
 
 def use_native(op: str, device: torch.device, declined: str | None = None) -> bool:

@@ -1,7 +1,8 @@
 """One oracle and one error measure for the whole suite: DESIGN, section 4, "Numbers".
 
 The oracle is the plain PyTorch reference in float64. A result is good when it is at most twice as far from the oracle
-as plain PyTorch in the tested dtype is; nobody picks a tolerance.
+as plain PyTorch in the tested dtype is; nobody picks a tolerance. On a handful of elements PyTorch may be exact by luck,
+so its error counts as at least that of the oracle itself rounded to the dtype, which nobody can beat.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def assert_accurate(
     failures = []
     for name in oracle:
         assert ours[name].shape == oracle[name].shape, f"{name}: {ours[name].shape} is not {oracle[name].shape}"
-        mine, theirs = relative_error(ours[name], oracle[name]), relative_error(eager[name], oracle[name])
+        mine = relative_error(ours[name], oracle[name])
+        rounding = relative_error(oracle[name].to(ours[name].dtype), oracle[name])
+        theirs = max(relative_error(eager[name], oracle[name]), rounding)
         if not mine <= RATIO * theirs + FLOOR:
             failures.append(f"{name}: error {mine:.3g}, PyTorch eager {theirs:.3g}")
     assert not failures, f"{note} less accurate than allowed: " + "; ".join(failures)

@@ -89,11 +89,11 @@ inline Tensor with_unit_rows(const Tensor& matrix) {
   return torch::stable::contiguous(matrix);
 }
 
-inline Tensor contiguous(const Tensor& tensor) {
+inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
-inline MaybeTensor contiguous(const MaybeTensor& tensor) {
-  return tensor ? MaybeTensor(contiguous(*tensor)) : std::nullopt;
+inline MaybeTensor as_contiguous(const MaybeTensor& tensor) {
+  return tensor ? MaybeTensor(as_contiguous(*tensor)) : std::nullopt;
 }
 
 inline const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }

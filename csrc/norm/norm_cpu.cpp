@@ -1,6 +1,6 @@
 // add_layer_norm on the CPU: a row is read once, summed and normalised in the cache, and written once.
 #include "common/cpu/convert.h"
-#include "common/cpu/dropout_row.h"
+#include "common/cpu/dropout_vec.h"
 #include "common/cpu/threads.h"
 #include "norm/norm.h"
 
@@ -76,7 +76,7 @@ void forward_rows(const AddLayerNormForward& p, const T* weight, const T* bias, 
       const Vec<T> normalised = (load_columns(s, j, d) - mean) * rstd;
       store_columns(out, j, d, fma(normalised, load_columns(weight, j, d), load_columns(bias, j, d)));
     }
-    if (out == row) store_row(p.out_dtype, p.out, token * d, d, row);
+    if (out == row) store_row(p.out_dtype, row, d, p.out, token * d);
     static_cast<T*>(p.mean)[token] = mean;
     static_cast<T*>(p.rstd)[token] = rstd;
   }
@@ -123,10 +123,10 @@ void backward_rows(const AddLayerNormBackward& p, const T* weight, T* dweight, T
       const Vec<T> g = load_columns(grad_out, j, d) * load_columns(weight, j, d);
       store_columns(row, j, d, (g - mean_g - n * mean_gn) * rstd);
     }
-    if (p.dx != nullptr) store_row(p.x_dtype, p.dx, token * d, d, row);
+    if (p.dx != nullptr) store_row(p.x_dtype, row, d, p.dx, token * d);
     if (p.dsublayer_out != nullptr) {
       if (p.dropout.active()) dropout_row(p.dropout, token, 0, d, row);
-      store_row(p.sublayer_dtype, p.dsublayer_out, token * d, d, row);
+      store_row(p.sublayer_dtype, row, d, p.dsublayer_out, token * d);
     }
   }
 }
@@ -151,8 +151,8 @@ void backward_as(const AddLayerNormBackward& p) {
       dbias[tasks * d + j] += dbias[task * d + j];
     }
   }
-  if (p.dweight != nullptr) store_row(p.param_dtype, p.dweight, 0, d, dweight + tasks * d);
-  if (p.dbias != nullptr) store_row(p.param_dtype, p.dbias, 0, d, dbias + tasks * d);
+  if (p.dweight != nullptr) store_row(p.param_dtype, dweight + tasks * d, d, p.dweight, 0);
+  if (p.dbias != nullptr) store_row(p.param_dtype, dbias + tasks * d, d, p.dbias, 0);
 }
 
 void forward(const AddLayerNormForward& p) {

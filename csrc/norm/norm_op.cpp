@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x_in, co
                                                           const MaybeTensor& weight_in, const MaybeTensor& bias_in,
                                                           const MaybeTensor& seed, double eps, double dropout_p) {
   const Tensor x = with_unit_rows(x_in), sublayer_out = with_unit_rows(sublayer_in);
-  const MaybeTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
+  const MaybeTensor weight = as_contiguous(weight_in), bias = as_contiguous(bias_in);
   AddLayerNormForward p{};
   p.tokens = x.size(0);
   p.model_dim = x.size(1);
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
     const Tensor& grad_in, const Tensor& x_in, const Tensor& sublayer_in, const MaybeTensor& weight_in,
     const Tensor& mean, const Tensor& rstd, const MaybeTensor& seed, double dropout_p, int64_t needs) {
   const Tensor grad_out = with_unit_rows(grad_in), x = with_unit_rows(x_in), sublayer_out = with_unit_rows(sublayer_in);
-  const MaybeTensor weight = contiguous(weight_in);
+  const MaybeTensor weight = as_contiguous(weight_in);
   const Wanted wanted(needs);
   AddLayerNormBackward p{};
   p.tokens = x.size(0);

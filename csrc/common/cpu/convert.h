@@ -1,6 +1,6 @@
-// Reading and writing memory whose element type is known only at run time, as vectors of the arithmetic type T
-// (float, or double for float64). The loop is compiled once per storage type: visit_storage(dtype, f) calls f with a
-// value of the storage type, and load_as<T> / store_as do the rest.
+// Reading and writing memory whose element type is known only at run time, as vectors of the arithmetic type
+// T (float, or double for float64). The loop is compiled once per storage type: visit_storage(dtype, f) calls
+// f with a value of the storage type, and load_as<T> / store_as do the rest.
 #pragma once
 #include "common/cpu/vec.h"
 
@@ -38,7 +38,8 @@ inline Lanes<float, N> widen_bfloat16(Lanes<uint16_t, N> bits) {
   return bit_cast<Lanes<float, N>>(__builtin_convertvector(bits, Lanes<uint32_t, N>) << 16);
 }
 
-// Round to nearest even. The instruction of avx512_bf16 treats subnormals (below 1.2e-38) as zero; the rest is equal.
+// Round to nearest even. The instruction of avx512_bf16 treats subnormals (below 1.2e-38) as zero; the rest
+// is equal.
 template <int N>
 inline Lanes<uint16_t, N> narrow_bfloat16(Lanes<float, N> v) {
 #if defined(__AVX512BF16__)
@@ -63,23 +64,27 @@ inline Lanes<float, N> widen_float16(Lanes<uint16_t, N> half) {
 #if defined(__aarch64__)
   if constexpr (N == 4) return vcvt_f32_f16((float16x4_t)half);
 #endif
-  // Shift exponent and mantissa into place and rebias by a multiplication, which also normalises subnormals; an
-  // exponent of all ones (infinity, NaN) is set by hand.
+  // Shift exponent and mantissa into place and rebias by a multiplication, which also normalises subnormals;
+  // an exponent of all ones (infinity, NaN) is set by hand.
   using Bits = Lanes<uint32_t, N>;
   const Bits bits = __builtin_convertvector(half, Bits);
   const Bits magnitude = (bits & 0x7FFFu) << 13;
   const Bits rebiased = bit_cast<Bits>(bit_cast<Lanes<float, N>>(magnitude) * 0x1p112f);
   const Bits special = magnitude | 0x7F800000u;
-  return bit_cast<Lanes<float, N>>(((bits & 0x8000u) << 16) | select(magnitude >= (0x7C00u << 13), special, rebiased));
+  return bit_cast<Lanes<float, N>>(((bits & 0x8000u) << 16) |
+                                   select(magnitude >= (0x7C00u << 13), special, rebiased));
 }
 
 template <int N>
 inline Lanes<uint16_t, N> narrow_float16(Lanes<float, N> v) {
 #if defined(__AVX512F__)
-  if constexpr (N == 16) return (Lanes<uint16_t, N>)_mm512_maskz_cvtps_ph(0xFFFF, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  if constexpr (N == 16)
+    return (Lanes<uint16_t, N>)_mm512_maskz_cvtps_ph(0xFFFF, v,
+                                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
 #if defined(__F16C__)
-  if constexpr (N == 8) return (Lanes<uint16_t, N>)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  if constexpr (N == 8)
+    return (Lanes<uint16_t, N>)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
 #if defined(__aarch64__)
   if constexpr (N == 4) return (Lanes<uint16_t, N>)vcvt_f16_f32(v);
@@ -88,7 +93,8 @@ inline Lanes<uint16_t, N> narrow_float16(Lanes<float, N> v) {
   const Bits bits = bit_cast<Bits>(v), magnitude = bits & 0x7FFFFFFFu;
   // Normal result: rebias, round to nearest even at bit 13; a carry runs into the exponent, up to infinity.
   const Bits normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-  // Subnormal result: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded by the addition itself.
+  // Subnormal result: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded by the addition
+  // itself.
   const Bits subnormal = bit_cast<Bits>(bit_cast<Lanes<float, N>>(magnitude) + 0.5f) - 0x3F000000u;
   Bits result = select(magnitude < (113u << 23), subnormal, normal);
   result = select(magnitude >= 0x47800000u, Bits{} + 0x7C00u, result);  // 65536 and more: infinity
@@ -106,8 +112,10 @@ inline Vec<T> load_as(const Storage* from) {
   } else if constexpr (sizeof(Storage) == 2) {
     Lanes<uint16_t, N> half;
     __builtin_memcpy(&half, from, sizeof(half));
-    if constexpr (std::is_same_v<Storage, BFloat16>) return __builtin_convertvector(widen_bfloat16<N>(half), Vec<T>);
-    if constexpr (std::is_same_v<Storage, Float16>) return __builtin_convertvector(widen_float16<N>(half), Vec<T>);
+    if constexpr (std::is_same_v<Storage, BFloat16>)
+      return __builtin_convertvector(widen_bfloat16<N>(half), Vec<T>);
+    if constexpr (std::is_same_v<Storage, Float16>)
+      return __builtin_convertvector(widen_float16<N>(half), Vec<T>);
   } else {
     Lanes<Storage, N> v;
     __builtin_memcpy(&v, from, sizeof(v));
@@ -227,7 +235,8 @@ inline void store_row(DType dtype, const T* from, int64_t n, void* base, int64_t
 
 // The row as T: where it lies, if it already is T with unit stride, else converted into scratch (n elements).
 template <class T>
-inline const T* view_row(DType dtype, const void* base, int64_t offset, int64_t n, T* scratch, int64_t stride = 1) {
+inline const T* view_row(DType dtype, const void* base, int64_t offset, int64_t n, T* scratch,
+                         int64_t stride = 1) {
   if (dtype == dtype_of<T>() && stride == 1) return static_cast<const T*>(base) + offset;
   load_row(dtype, base, offset, n, scratch, stride);
   return scratch;
@@ -244,10 +253,11 @@ struct Tile {
 
 // `rows` rows of n elements as T: where they lie, or converted into scratch (rows * n elements).
 template <class T>
-inline Tile<T> view_tile(DType dtype, const void* base, int64_t offset, int64_t row_stride, int64_t rows, int64_t n,
-                         T* scratch, int64_t col_stride = 1) {
+inline Tile<T> view_tile(DType dtype, const void* base, int64_t offset, int64_t row_stride, int64_t rows,
+                         int64_t n, T* scratch, int64_t col_stride = 1) {
   if (dtype == dtype_of<T>() && col_stride == 1) return {static_cast<const T*>(base) + offset, row_stride};
-  for (int64_t i = 0; i < rows; ++i) load_row(dtype, base, offset + i * row_stride, n, scratch + i * n, col_stride);
+  for (int64_t i = 0; i < rows; ++i)
+    load_row(dtype, base, offset + i * row_stride, n, scratch + i * n, col_stride);
   return {scratch, n};
 }
 

@@ -11,7 +11,7 @@ namespace lwft {
 // A room whose kernels are not linked in is null. (The word `weak` goes when all four rooms stand.)
 #define X(level)                                                         \
   namespace level {                                                      \
-  extern const NormKernels norm_kernels __attribute__((weak));           \
+  extern const NormKernels norm_kernels;\
   extern const AdapterKernels adapter_kernels __attribute__((weak));     \
   extern const LowRankKernels lowrank_kernels __attribute__((weak));     \
   extern const AttentionKernels attention_kernels __attribute__((weak)); \
@@ -32,7 +32,8 @@ bool runs_here(const char* isa) {
   if (std::strcmp(isa, "baseline") == 0) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (std::strcmp(isa, "avx2") == 0) return avx2;
@@ -63,8 +64,8 @@ Choice choose() {
     }
     reason = "this machine cannot run it";
   }
-  std::snprintf(choice.warning, sizeof(choice.warning), "LWFT_CPU_ISA=%.40s ignored: %s; using %s", wish, reason,
-                kLevels[choice.level].isa);
+  std::snprintf(choice.warning, sizeof(choice.warning), "LWFT_CPU_ISA=%.40s ignored: %s; using %s", wish,
+                reason, kLevels[choice.level].isa);
   return choice;
 }
 

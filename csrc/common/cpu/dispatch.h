@@ -1,9 +1,9 @@
-// Which compiled level of the CPU kernels runs. Chosen once, when first asked: the best the processor and the operating
-// system support, or what the environment variable LWFT_CPU_ISA names, if it is not better than that.
+// Which compiled level of the CPU kernels runs. Chosen once, when first asked: the best the processor and the
+// operating system support, or what the environment variable LWFT_CPU_ISA names, if that is no better.
 //
 // A room adds its kernels by defining, in <room>_cpu.cpp and inside namespace lwft::LWFT_ISA,
-//     extern const NormKernels norm_kernels;                   // (so that it has external linkage)
-//     const NormKernels norm_kernels = {forward, backward};    // a constant: no code of a level may run at load time
+//     extern const NormKernels norm_kernels;                 // (gives it external linkage)
+//     const NormKernels norm_kernels = {forward, backward};  // constant: no code of a level runs at load time
 // and its op calls cpu_kernels().norm->forward(parameters).
 #pragma once
 #include "adapter/adapter.h"
@@ -24,7 +24,7 @@ struct CpuKernels {
 // The level in use.
 const CpuKernels& cpu_kernels();
 
-// Every level that was compiled, worst first, and whether this machine can run it. For tests and `lwft-bench env`.
+// Every level that was compiled, worst first, and whether this machine can run it.
 int cpu_level_count();
 const CpuKernels& cpu_level(int index);
 bool cpu_level_runs_here(int index);

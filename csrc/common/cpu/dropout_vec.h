@@ -1,4 +1,5 @@
-// The draws of common/philox.h, 64 columns of a row at a time, and dropout on a row. The same bits on every level.
+// The draws of common/philox.h, 64 columns of a row at a time, and dropout on a row. The same bits on every
+// level.
 #pragma once
 #include "common/cpu/vec.h"
 #include "common/dropout.h"
@@ -10,7 +11,8 @@ using PhiloxVec = Vec<uint32_t>;
 // The 64-bit products of the lanes of a with m, as high and low words.
 inline void multiply_wide(PhiloxVec a, uint32_t m, PhiloxVec& high, PhiloxVec& low) {
 #if defined(__x86_64__)
-  // The machine multiplies the even lanes, leaving 64 bits each; the odd ones are shifted down for a second turn.
+  // The machine multiplies the even lanes, leaving 64 bits each; the odd ones are shifted down for a second
+  // turn.
   using Wide = Vec<uint64_t>;
   const Wide lanes = bit_cast<Wide>(a), multiplier = broadcast<uint64_t>(m);
 #if defined(__AVX512F__)
@@ -61,8 +63,8 @@ inline void philox_draw_block(const Dropout& dropout, int64_t row, int64_t block
   }
 }
 
-// apply(i, keep, count) for the elements i .. i + count - 1 of the n in row `row` that start at column col0: keep is a
-// mask over kLanes<T> lanes, of which the first `count` count. Fast where col0 is a multiple of 64.
+// apply(i, keep, count) for the elements i .. i + count - 1 of the n in row `row` that start at column col0:
+// keep is a mask over kLanes<T> lanes, of which the first `count` count. Fast where col0 is a multiple of 64.
 template <class T, class Apply>
 inline void for_each_kept(const Dropout& dropout, int64_t row, int64_t col0, int64_t n, const Apply& apply) {
   constexpr int N = kLanes<T>;

@@ -59,7 +59,8 @@ constexpr size_t kKeptBytes = size_t{32} << 20;
 
 }  // namespace
 
-// A block of memory with this header at its start. Blocks form a list; those behind the current one are empty.
+// A block of memory with this header at its start. Blocks form a list; those behind the current one are
+// empty.
 struct alignas(kAlignment) WorkspaceBlock {
   WorkspaceBlock* next;
   size_t capacity, used;  // of the bytes that follow the header
@@ -147,7 +148,8 @@ void* workspace_take(size_t count, size_t element_size) {
 #else
   const size_t bytes = (wanted + kAlignment - 1) / kAlignment * kAlignment;
 #endif
-  if (mine.current == nullptr) mine.first = mine.current = new_block(bytes > kFirstBlock ? bytes : kFirstBlock);
+  if (mine.current == nullptr)
+    mine.first = mine.current = new_block(bytes > kFirstBlock ? bytes : kFirstBlock);
   while (mine.current->capacity - mine.current->used < bytes) {
     if (mine.current->next == nullptr) {
       const size_t doubled = 2 * mine.current->capacity;

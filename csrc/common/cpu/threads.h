@@ -1,16 +1,18 @@
-// Threads and scratch memory for the kernels. The kernels know no thread library: the host installs one function.
+// Threads and scratch memory for the kernels. The kernels know no thread library: the host installs one
+// function.
 //
-// parallel_for(tasks, body) calls body(0) .. body(tasks - 1), each exactly once, on any thread. What a task computes
-// must depend on its number only, never on who runs it or on how many threads there are: that is what makes results
-// the same bits every time. It is never nested. The first exception of a task (std::bad_alloc) reaches the caller.
+// parallel_for(tasks, body) calls body(0) .. body(tasks - 1), each exactly once, on any thread. What a task
+// computes must depend on its number only, never on who runs it or on how many threads there are: that is
+// what makes results the same bits every time. It is never nested. The first exception of a task
+// (std::bad_alloc) reaches the caller.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace lwft {
 
-// run(context, begin, end) runs the tasks begin .. end-1. A host splits [0, tasks) as it likes and calls run for every
-// piece, from any thread; the run it is handed never throws.
+// run(context, begin, end) runs the tasks begin .. end-1. A host splits [0, tasks) as it likes and calls run
+// for every piece, from any thread; the run it is handed never throws.
 using TaskRange = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t tasks, TaskRange run, void* context);
 
@@ -45,9 +47,9 @@ inline void parallel_for(int64_t tasks, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Scratch memory of this thread, given back at the end of the scope; uninitialised, 64-byte aligned. Scopes nest. The
-// memory stays with the thread for the next call, up to 32 MiB. take throws std::bad_alloc. Under AddressSanitizer what
-// was not taken is poisoned, and what was is filled with NaN.
+// Scratch memory of this thread, given back at the end of the scope; uninitialised, 64-byte aligned. Scopes
+// nest. The memory stays with the thread for the next call, up to 32 MiB. take throws std::bad_alloc. Under
+// AddressSanitizer what was not taken is poisoned, and what was is filled with NaN.
 class Scratch {
  public:
   Scratch() : mark_(workspace_mark()) {}

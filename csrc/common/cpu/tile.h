@@ -2,19 +2,22 @@
 //
 //     gemm:  C[m, n] (+)= A[m, k] B[k, n]
 //
-// How it works. A tile of C lives in registers: a few rows by 1..4 vectors. For every k one row of B (its vectors) is
-// loaded and each row of A adds its broadcast element times it: 24 independent sums on a machine with 32 vector
-// registers (6 rows x 4 vectors), 12 with 16 registers (6 x 2), which is enough to keep two multiply-add units busy.
+// How it works. A tile of C lives in registers: a few rows by 1..4 vectors. For every k one row of B (its
+// vectors) is loaded and each row of A adds its broadcast element times it: 24 independent sums on a machine
+// with 32 vector registers (6 rows x 4 vectors), 12 with 16 registers (6 x 2), which is enough to keep two
+// multiply-add units busy.
 //
-//   B  is packed into panels as wide as the tile: [panel][k][width]. All panels are kPanelColumns<T> wide but the last,
-//      which holds what is left, rounded up to whole vectors and filled with zeros. So every load is a whole vector,
-//      B streams through the cache in order, and a rank of 16 does not pay for 64 columns.
-//   A  is read by single elements, with any strides: it needs no packing, and its transpose is just other strides.
-//   C  is row-major with row stride ldc >= padded<T>(n): the kernel writes whole vectors, zeros in the padding. It is a
-//      tile buffer of the caller, who adds bias or scale and converts as it is stored.
+//   B  is packed into panels as wide as the tile: [panel][k][width]. All panels are kPanelColumns<T> wide
+//      but the last, which holds what is left, rounded up to whole vectors and filled with zeros. So every
+//      load is a whole vector, B streams through the cache in order, and a rank of 16 does not pay for 64
+//      columns.
+//   A  is read by single elements, with any strides: it needs no packing, and its transpose is just other
+//      strides.
+//   C  is row-major with row stride ldc >= padded<T>(n): whole vectors are written, zeros in the padding. It
+//      is a tile buffer of the caller, who adds bias or scale and converts as it is stored.
 //
-// The sum over k is taken in blocks of kKBlock with fresh registers, then added to C: one long chain of additions
-// loses 2-4 times the accuracy at k = 4096. A given (m, n, k) is always summed in the same order.
+// The sum over k is taken in blocks of kKBlock with fresh registers, then added to C: one long chain of
+// additions loses 2-4 times the accuracy at k = 4096. A given (m, n, k) is always summed in the same order.
 //
 // The products are compiled in tile_cpu.cpp, once per level, so that no kernel pays for compiling them again.
 #pragma once
@@ -27,7 +30,7 @@ template <class T>
 constexpr int64_t kPanelColumns = kPanelVectors * kLanes<T>;
 constexpr int64_t kKBlock = 256;
 
-// Rows of a full tile of C: blocks of rows that are a multiple of this leave no remainder (48 is one for all levels).
+// Rows of a tile of C of full width: a caller's block of rows is best a multiple of it (48, say).
 constexpr int64_t kTileRows = 6;
 
 enum class Mode { overwrite, accumulate };
@@ -44,29 +47,31 @@ constexpr int64_t panel_size(int64_t k, int64_t n) {
   return k * padded<T>(n);
 }
 
-// Packs the (k, n) matrix whose element (i, j) is source[i * row_stride + j * col_stride], of any dtype. Fast where
-// either stride is 1: col_stride for B as it lies, row_stride for a B given as its transpose (a weight (n, k)).
+// Packs the (k, n) matrix whose element (i, j) is source[i * row_stride + j * col_stride], of any dtype. Fast
+// where either stride is 1: col_stride for B as it lies, row_stride for a B given as its transpose (a weight
+// (n, k)).
 template <class T>
-void pack_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
-                 T* panels);
+void pack_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k,
+                 int64_t n, T* panels);
 
-// C[m, n] (+)= A B; A(i, l) = a[i * a_row + l * a_col], B packed by pack_panels, C row-major with ldc >= padded(n).
+// C[m, n] (+)= A B; A(i, l) = a[i * a_row + l * a_col], B packed by pack_panels, ldc >= padded<T>(n). The
+// columns from j on, j a multiple of kPanelColumns<T>, are a product of their own: panels + j * k, c + j.
 template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels, T* c, int64_t ldc,
-          Mode mode);
+void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels, T* c,
+          int64_t ldc, Mode mode);
 
-// The two products without packing, for so few rows of A (m up to about 8) that B is not worth a copy: one token, one
-// query. B is row-major with unit stride, of any dtype, and is read once for every 4 rows of A.
+// The two products without packing, for so few rows of A (m up to about 8) that B is not worth a copy: one
+// token, one query. B has unit stride along its rows, any dtype, and is read once for every 4 rows of A.
 //
-// dot_rows:     C[i, j] (+)= sum_l A[i, l] B[j, l]   A (m, k), B (n, k), C (m, n): scores of a query against keys
-// combine_rows: C[i, j] (+)= sum_l A[i, l] B[l, j]   A (m, k), B (k, n), C (m, n): values weighted by probabilities
+//     dot_rows:      C[i, j] (+)= sum_l A[i, l] B[j, l]      B (n, k): scores of a query against keys
+//     combine_rows:  C[i, j] (+)= sum_l A[i, l] B[l, j]      B (k, n): values weighted by probabilities
 //
-// A and C are row-major; C is written exactly (no padding).
+// A (m, k) and C (m, n) are row-major; of C exactly n columns are written.
 template <class T>
-void dot_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b, int64_t ldb, T* c,
-              int64_t ldc, Mode mode);
+void dot_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b,
+              int64_t ldb, T* c, int64_t ldc, Mode mode);
 template <class T>
-void combine_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b, int64_t ldb,
-                  T* c, int64_t ldc, Mode mode);
+void combine_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b,
+                  int64_t ldb, T* c, int64_t ldc, Mode mode);
 
 }  // namespace lwft::LWFT_ISA

@@ -8,14 +8,19 @@ namespace lwft::LWFT_ISA {
 
 namespace {
 
+template <class T>
+void clear_rows(int64_t m, int64_t columns, T* c, int64_t ldc) {
+  for (int64_t i = 0; i < m; ++i) __builtin_memset(c + i * ldc, 0, static_cast<size_t>(columns) * sizeof(T));
+}
+
 // How many vectors of sums a tile of C keeps in registers, leaving room for a row of B and an element of A.
 constexpr int kSums = kVectorRegisters == 32 ? 24 : 12;
 // A narrow tile has more rows, so that it still has enough independent sums.
 constexpr int tile_rows(int vectors) { return minimum(12, kSums / vectors); }
 static_assert(tile_rows(kPanelVectors) == kTileRows);
 
-// C[Rows, Vectors] (+)= A[Rows, k] B[k, Vectors]. Every loop over `sums` must be unrolled in full, or gcc leaves the array
-// on the stack (measured: 38 instead of 110 GFLOP/s).
+// C[Rows, Vectors] (+)= A[Rows, k] B[k, Vectors]. Every loop over `sums` must be unrolled in full, or gcc
+// leaves the array on the stack (measured: 38 instead of 110 GFLOP/s).
 template <class T, int Rows, int Vectors>
 void tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, T* c, int64_t ldc, Mode mode) {
   constexpr int N = kLanes<T>;
@@ -61,8 +66,8 @@ struct TileTable<T, Vectors, std::integer_sequence<int, Rows...>> {
 
 // All rows of one panel, in chunks of about equal height: 8 rows are 4 + 4, not 6 + 2.
 template <class T, int Vectors>
-void panel_rows(int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panel, T* c, int64_t ldc,
-                Mode mode) {
+void panel_rows(int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panel, T* c,
+                int64_t ldc, Mode mode) {
   for (int64_t chunks = ceil_div(m, tile_rows(Vectors)); chunks > 0; --chunks) {
     const int64_t rows = ceil_div(m, chunks);
     TileTable<T, Vectors>::functions[rows - 1](k, a, a_row, a_col, panel, c, ldc, mode);
@@ -75,11 +80,9 @@ void panel_rows(int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_col, 
 }  // namespace
 
 template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels, T* c, int64_t ldc,
-          Mode mode) {
-  if (k == 0 && mode == Mode::overwrite) {
-    for (int64_t i = 0; i < m; ++i) __builtin_memset(c + i * ldc, 0, static_cast<size_t>(padded<T>(n)) * sizeof(T));
-  }
+void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels, T* c,
+          int64_t ldc, Mode mode) {
+  if (k == 0 && mode == Mode::overwrite) clear_rows(m, padded<T>(n), c, ldc);
   for (int64_t k0 = 0; k0 < k; k0 += kKBlock) {
     const int64_t depth = minimum(kKBlock, k - k0);
     const Mode block_mode = k0 == 0 ? mode : Mode::accumulate;
@@ -107,8 +110,8 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_
 
 namespace {
 
-// One step of transposing a square of vectors: in each pair of rows `Distance` apart, blocks of Distance lanes change
-// places across the diagonal. Steps 1, 2, 4, ... lanes/2 together transpose the square.
+// One step of transposing a square of vectors: in each pair of rows `Distance` apart, blocks of Distance
+// lanes change places across the diagonal. Steps 1, 2, 4, ... lanes/2 together transpose the square.
 template <int Distance, class V, int... I>
 inline V upper_rows(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int N = kLanesOf<V>;
@@ -136,10 +139,11 @@ inline void transpose_steps(V* rows) {
   }
 }
 
-// Columns j .. j + columns - 1 (at most one vector of them) of a matrix whose columns are contiguous, into lanes of a
-// panel of the given width.
+// Columns j .. j + columns - 1 (at most one vector of them) of a matrix whose columns are contiguous, into
+// lanes of a panel of the given width.
 template <class T, class Storage>
-inline void pack_transposed(const Storage* source, int64_t col_stride, int64_t k, int64_t columns, T* to, int64_t width) {
+inline void pack_transposed(const Storage* source, int64_t col_stride, int64_t k, int64_t columns, T* to,
+                            int64_t width) {
   constexpr int N = kLanes<T>;
   for (int64_t l = 0; l < k; l += N) {
     const int64_t depth = minimum<int64_t>(N, k - l);
@@ -158,7 +162,8 @@ inline void pack_transposed(const Storage* source, int64_t col_stride, int64_t k
 }
 
 template <class T, class Storage>
-inline void pack_typed(const Storage* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n, T* panels) {
+inline void pack_typed(const Storage* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
+                       T* panels) {
   constexpr int N = kLanes<T>;
   for (int64_t j = 0; j < n; j += N) {
     const int64_t panel_start = j / kPanelColumns<T> * kPanelColumns<T>;
@@ -170,7 +175,8 @@ inline void pack_typed(const Storage* source, int64_t row_stride, int64_t col_st
       if (columns == N) {
         for (int64_t l = 0; l < k; ++l) store(to + l * width, load_as<T>(from + l * row_stride));
       } else {
-        for (int64_t l = 0; l < k; ++l) store(to + l * width, load_first_as<T>(from + l * row_stride, columns));
+        for (int64_t l = 0; l < k; ++l)
+          store(to + l * width, load_first_as<T>(from + l * row_stride, columns));
       }
     } else if (row_stride == 1) {
       pack_transposed(from, col_stride, k, columns, to, width);
@@ -187,8 +193,8 @@ inline void pack_typed(const Storage* source, int64_t row_stride, int64_t col_st
 }  // namespace
 
 template <class T>
-void pack_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
-                 T* panels) {
+void pack_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k,
+                 int64_t n, T* panels) {
   visit_storage(dtype, [&](auto storage) {
     pack_typed(static_cast<const decltype(storage)*>(source), row_stride, col_stride, k, n, panels);
   });
@@ -198,14 +204,35 @@ void pack_panels(DType dtype, const void* source, int64_t row_stride, int64_t co
 
 namespace {
 
-constexpr int kFewRows = 4;     // rows of A at a time
-constexpr int kDotColumns = 4;  // rows of B at a time in dot_rows
+// Neighbouring lanes of a, then those of b, added in pairs.
+template <class V, int... I>
+inline V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
 
-// C[i, j] (+)= sum_l A[i, l] B[j, l] for Rows x Columns pairs of rows, K in blocks as in gemm.
-template <class T, int Rows, int Columns, class Storage>
-inline void dot_block(int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c, int64_t ldc, Mode mode) {
+// to[i] = the sum over the lanes of v[i], in a quarter of the shuffles of four calls of sum().
+template <class T>
+inline void store_sums(const Vec<T> (&v)[4], T* to) {
   constexpr int N = kLanes<T>;
-  for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += kKBlock) {
+  using Index = std::make_integer_sequence<int, N>;
+  const Vec<T> first = add_pairs(v[0], v[1], Index{}), second = add_pairs(v[2], v[3], Index{});
+  if constexpr (N == 2) {
+    store(to, first);
+    store(to + 2, second);
+  } else {
+    Vec<T> all = add_pairs(first, second, Index{});  // N / 4 lanes for each of the four
+    if constexpr (N >= 8) all = add_pairs(all, all, Index{});
+    if constexpr (N >= 16) all = add_pairs(all, all, Index{});
+    __builtin_memcpy(to, &all, 4 * sizeof(T));
+  }
+}
+
+// C[i, j] (+)= sum_l A[i, l] B[j, l] for Rows rows of A and Columns (4 or 1) rows of B, k in blocks as in gemm.
+template <class T, int Rows, int Columns, class Storage>
+void dot_block(int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c, int64_t ldc,
+               Mode mode) {
+  constexpr int N = kLanes<T>;
+  for (int64_t k0 = 0; k0 < k; k0 += kKBlock) {
     const int64_t end = minimum(k0 + kKBlock, k);
     Vec<T> sums[Rows][Columns];
 #pragma GCC unroll 4
@@ -236,35 +263,31 @@ inline void dot_block(int64_t k, const T* a, int64_t lda, const Storage* b, int6
         for (int j = 0; j < Columns; ++j) sums[i][j] = fma(a_part, b_part[j], sums[i][j]);
       }
     }
+    const bool accumulate = mode == Mode::accumulate || k0 > 0;
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 4
+      T row[Columns];
+      if constexpr (Columns == 4) {
+        store_sums<T>(sums[i], row);
+      } else {
+        row[0] = sum(sums[i][0]);
+      }
       for (int j = 0; j < Columns; ++j) {
         T& to = c[i * ldc + j];
-        to = mode == Mode::accumulate || k0 > 0 ? to + sum(sums[i][j]) : sum(sums[i][j]);
+        to = accumulate ? to + row[j] : row[j];
       }
     }
   }
 }
 
-template <class T, int Rows, class Storage>
-inline void dot_few(int64_t n, int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c, int64_t ldc,
-                    Mode mode) {
-  int64_t j = 0;
-  for (; j + kDotColumns <= n; j += kDotColumns) {
-    dot_block<T, Rows, kDotColumns>(k, a, lda, b + j * ldb, ldb, c + j, ldc, mode);
-  }
-  for (; j < n; ++j) dot_block<T, Rows, 1>(k, a, lda, b + j * ldb, ldb, c + j, ldc, mode);
-}
-
-// C[i, 0 .. columns) (+)= sum_l A[i, l] B[l, 0 .. columns): Rows rows, Vectors vectors of columns of which the last one
-// may be partial.
+// C[i, 0 .. columns) (+)= sum_l A[i, l] B[l, 0 .. columns): Rows rows, Vectors vectors of columns, the last of
+// which may be partial.
 template <class T, int Rows, int Vectors, class Storage>
-inline void combine_block(int64_t k, int64_t columns, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c,
-                          int64_t ldc, Mode mode) {
+void combine_block(int64_t k, int64_t columns, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c,
+                   int64_t ldc, Mode mode) {
   constexpr int N = kLanes<T>;
   const int64_t last = columns - (Vectors - 1) * N;  // columns of the last vector
-  for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += kKBlock) {
+  for (int64_t k0 = 0; k0 < k; k0 += kKBlock) {
     const int64_t end = minimum(k0 + kKBlock, k);
     Vec<T> sums[Rows][Vectors];
 #pragma GCC unroll 4
@@ -277,7 +300,8 @@ inline void combine_block(int64_t k, int64_t columns, const T* a, int64_t lda, c
       Vec<T> b_part[Vectors];
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) {
-        b_part[j] = j < Vectors - 1 || last == N ? load_as<T>(b_row + j * N) : load_first_as<T>(b_row + j * N, last);
+        const bool whole = j < Vectors - 1 || last == N;
+        b_part[j] = whole ? load_as<T>(b_row + j * N) : load_first_as<T>(b_row + j * N, last);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) {
@@ -299,38 +323,63 @@ inline void combine_block(int64_t k, int64_t columns, const T* a, int64_t lda, c
   }
 }
 
-template <class T, int Rows, class Storage>
-inline void combine_few(int64_t n, int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c, int64_t ldc,
-                        Mode mode) {
-  constexpr int64_t N = kLanes<T>;
-  int64_t j = 0;
-  for (; j + 4 * N <= n; j += 4 * N) combine_block<T, Rows, 4>(k, 4 * N, a, lda, b + j, ldb, c + j, ldc, mode);
-  for (; j < n; j += N) combine_block<T, Rows, 1>(k, minimum(N, n - j), a, lda, b + j, ldb, c + j, ldc, mode);
+template <class T, int Rows>
+struct FewRows {
+  template <class Storage>
+  static void dot(int64_t n, int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c,
+                  int64_t ldc, Mode mode) {
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4) dot_block<T, Rows, 4>(k, a, lda, b + j * ldb, ldb, c + j, ldc, mode);
+    for (; j < n; ++j) dot_block<T, Rows, 1>(k, a, lda, b + j * ldb, ldb, c + j, ldc, mode);
+  }
+
+  template <class Storage>
+  static void combine(int64_t n, int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c,
+                      int64_t ldc, Mode mode) {
+    constexpr int64_t N = kLanes<T>;
+    int64_t j = 0;
+    for (; j + 4 * N <= n; j += 4 * N)
+      combine_block<T, Rows, 4>(k, 4 * N, a, lda, b + j, ldb, c + j, ldc, mode);
+    for (; j < n; j += N)
+      combine_block<T, Rows, 1>(k, minimum(N, n - j), a, lda, b + j, ldb, c + j, ldc, mode);
+  }
+};
+
+// call(few, i): few is a FewRows<T, r> for the rows i .. i + r - 1 of A; 4 rows at a time, then 2, then 1.
+template <class T, class Call>
+inline void for_few_rows(int64_t m, const Call& call) {
+  int64_t i = 0;
+  for (; i + 4 <= m; i += 4) call(FewRows<T, 4>{}, i);
+  if (i + 2 <= m) {
+    call(FewRows<T, 2>{}, i);
+    i += 2;
+  }
+  if (i < m) call(FewRows<T, 1>{}, i);
 }
 
 }  // namespace
 
 template <class T>
-void dot_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b, int64_t ldb, T* c,
-              int64_t ldc, Mode mode) {
+void dot_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b,
+              int64_t ldb, T* c, int64_t ldc, Mode mode) {
+  if (k == 0 && mode == Mode::overwrite) clear_rows(m, n, c, ldc);
   visit_storage(b_dtype, [&](auto storage) {
     const auto* b_rows = static_cast<const decltype(storage)*>(b);
-    int64_t i = 0;
-    for (; i + kFewRows <= m; i += kFewRows)
-      dot_few<T, kFewRows>(n, k, a + i * lda, lda, b_rows, ldb, c + i * ldc, ldc, mode);
-    for (; i < m; ++i) dot_few<T, 1>(n, k, a + i * lda, lda, b_rows, ldb, c + i * ldc, ldc, mode);
+    for_few_rows<T>(m, [&](auto few, int64_t i) {
+      few.dot(n, k, a + i * lda, lda, b_rows, ldb, c + i * ldc, ldc, mode);
+    });
   });
 }
 
 template <class T>
-void combine_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b, int64_t ldb,
-                  T* c, int64_t ldc, Mode mode) {
+void combine_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b,
+                  int64_t ldb, T* c, int64_t ldc, Mode mode) {
+  if (k == 0 && mode == Mode::overwrite) clear_rows(m, n, c, ldc);
   visit_storage(b_dtype, [&](auto storage) {
     const auto* b_rows = static_cast<const decltype(storage)*>(b);
-    int64_t i = 0;
-    for (; i + kFewRows <= m; i += kFewRows)
-      combine_few<T, kFewRows>(n, k, a + i * lda, lda, b_rows, ldb, c + i * ldc, ldc, mode);
-    for (; i < m; ++i) combine_few<T, 1>(n, k, a + i * lda, lda, b_rows, ldb, c + i * ldc, ldc, mode);
+    for_few_rows<T>(m, [&](auto few, int64_t i) {
+      few.combine(n, k, a + i * lda, lda, b_rows, ldb, c + i * ldc, ldc, mode);
+    });
   });
 }
 
@@ -338,17 +387,17 @@ void combine_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DTyp
 
 template void pack_panels<float>(DType, const void*, int64_t, int64_t, int64_t, int64_t, float*);
 template void pack_panels<double>(DType, const void*, int64_t, int64_t, int64_t, int64_t, double*);
-template void gemm<float>(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, float*, int64_t,
-                          Mode);
-template void gemm<double>(int64_t, int64_t, int64_t, const double*, int64_t, int64_t, const double*, double*, int64_t,
-                           Mode);
-template void dot_rows<float>(int64_t, int64_t, int64_t, const float*, int64_t, DType, const void*, int64_t, float*,
-                              int64_t, Mode);
-template void dot_rows<double>(int64_t, int64_t, int64_t, const double*, int64_t, DType, const void*, int64_t, double*,
-                               int64_t, Mode);
-template void combine_rows<float>(int64_t, int64_t, int64_t, const float*, int64_t, DType, const void*, int64_t, float*,
-                                  int64_t, Mode);
-template void combine_rows<double>(int64_t, int64_t, int64_t, const double*, int64_t, DType, const void*, int64_t,
-                                   double*, int64_t, Mode);
+template void gemm<float>(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, float*,
+                          int64_t, Mode);
+template void gemm<double>(int64_t, int64_t, int64_t, const double*, int64_t, int64_t, const double*, double*,
+                           int64_t, Mode);
+template void dot_rows<float>(int64_t, int64_t, int64_t, const float*, int64_t, DType, const void*, int64_t,
+                              float*, int64_t, Mode);
+template void dot_rows<double>(int64_t, int64_t, int64_t, const double*, int64_t, DType, const void*, int64_t,
+                               double*, int64_t, Mode);
+template void combine_rows<float>(int64_t, int64_t, int64_t, const float*, int64_t, DType, const void*,
+                                  int64_t, float*, int64_t, Mode);
+template void combine_rows<double>(int64_t, int64_t, int64_t, const double*, int64_t, DType, const void*,
+                                   int64_t, double*, int64_t, Mode);
 
 }  // namespace lwft::LWFT_ISA

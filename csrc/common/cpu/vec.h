@@ -1,12 +1,13 @@
 // Vectors: what the kernels are written in. One source, compiled once per instruction set ("level").
 //
-// A level is a set of compiler flags plus -DLWFT_ISA=<baseline|avx2|avx512|avx512_bf16>. Everything a kernel includes
-// lives in namespace lwft::LWFT_ISA: were an inline function shared by two levels, the linker would keep one copy, and
-// if that is the AVX-512 one an older machine dies in it. So these headers hold no code of the standard library
-// either: no std::vector, no std::min.
+// A level is a set of compiler flags plus -DLWFT_ISA=<baseline|avx2|avx512|avx512_bf16>. Everything a kernel
+// includes lives in namespace lwft::LWFT_ISA: were an inline function shared by two levels, the linker would
+// keep one copy, and if that is the AVX-512 one an older machine dies in it. So these headers hold no code of
+// the standard library either: no std::vector, no std::min.
 //
-// Vec<T> is the compiler's own vector type: + - * / and comparisons work on it, v[i] is a lane, a comparison gives a
-// Mask<T> (all bits set in the lanes where it holds). Intrinsics appear only where the generic form has no good code.
+// Vec<T> is the compiler's own vector type: + - * / and comparisons work on it, v[i] is a lane, a comparison
+// gives a Mask<T> (all bits set in the lanes where it holds). Intrinsics appear only where the generic form
+// has no good code.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -103,8 +104,10 @@ inline void store(T* to, Vec<T> v) {
 template <class T>
 inline Vec<T> load_first(const T* from, int64_t n) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from);
-  if constexpr (std::is_same_v<T, double>) return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), from);
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from);
+  if constexpr (std::is_same_v<T, double>)
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), from);
 #endif
   T lanes[kLanes<T>] = {};
   __builtin_memcpy(lanes, from, static_cast<size_t>(n) * sizeof(T));
@@ -132,7 +135,8 @@ inline void store_first(T* to, Vec<T> v, int64_t n) {
 
 template <class T>
 inline Vec<T> broadcast(T x) {
-  return x - Vec<T>{};  // x - 0 is x for every x (x + 0 is not: -0), so the compiler leaves just the broadcast
+  return x -
+         Vec<T>{};  // x - 0 is x for every x (x + 0 is not: -0), so the compiler leaves just the broadcast
 }
 
 // 0, 1, 2, ...

@@ -1,5 +1,6 @@
-// exp, exp2, tanh, erf, sigmoid on vectors of float and double. Polynomials are Chebyshev fits made for the intervals
-// named here; the errors stated are measured by python_tests/common/test_vec_math.py on every level.
+// exp, exp2, tanh, erf, sigmoid on vectors of float and double. Polynomials are Chebyshev fits made for the
+// intervals named here; the errors stated are measured by python_tests/common/test_vec_math.py on every
+// level.
 #pragma once
 #include "common/cpu/vec.h"
 
@@ -21,18 +22,19 @@ struct Math;
 template <>
 struct Math<float> {
   static constexpr int kMantissaBits = 23, kExponentBias = 127;
-  static constexpr float kRound = 12582912.0f;                   // 1.5 * 2^23: x + kRound has x, rounded, as its low bits
-  static constexpr float kExpLow = -104.0f, kExpHigh = 89.0f;    // exp gives 0 below, infinity above
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: x + kRound has x, rounded, as its low bits
+  static constexpr float kExpLow = -104.0f, kExpHigh = 89.0f;  // exp gives 0 below, infinity above
   static constexpr float kExp2Low = -151.0f, kExp2High = 129.0f;
   static constexpr float kLog2e = 1.44269504f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // n * kLn2High is exact
   // (e^x - 1 - x) / x^2 on |x| <= ln(2)/2, error 7e-8
   static constexpr float kExp[] = {0.5f, 0.166665770f, 0.0416665547f, 0.00836317307f, 0.00139261761f};
   // (2^x - 1) / x on |x| <= 1/2, error 8e-9
-  static constexpr float kExp2[] = {0.693147188f,     0.240226508f,     0.0555035711f,
-                                    0.00961808256f,   0.00133908634f,   0.000154531629f};
+  static constexpr float kExp2[] = {0.693147188f,   0.240226508f,   0.0555035711f,
+                                    0.00961808256f, 0.00133908634f, 0.000154531629f};
   // (tanh(x) / x - 1) / x^2 as a polynomial in x^2 on |x| <= 0.625, error 5e-8
-  static constexpr float kTanh[] = {-0.333333289f, 0.133327697f, -0.0538509096f, 0.0209971790f, -0.00609671417f};
+  static constexpr float kTanh[] = {-0.333333289f, 0.133327697f, -0.0538509096f, 0.0209971790f,
+                                    -0.00609671417f};
 };
 
 template <>
@@ -44,18 +46,18 @@ struct Math<double> {
   static constexpr double kLog2e = 1.442695040888963407;
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
   // as above, error 1e-16
-  static constexpr double kExp[] = {0.500000000000000102,    0.166666666666666675,   0.0416666666666241619,
-                                    0.00833333333333006445,  0.00138888889171967191, 0.000198412698630405453,
+  static constexpr double kExp[] = {0.500000000000000102,     0.166666666666666675,   0.0416666666666241619,
+                                    0.00833333333333006445,   0.00138888889171967191, 0.000198412698630405453,
                                     0.0000248015213223686933, 2.75572684803100255e-6, 2.76200758799833666e-7,
                                     2.51003758325612337e-8};
-  static constexpr double kExp2[] = {0.693147180559945309,    0.240226506959100982,   0.0555041086648215943,
-                                     0.00961812910760688853,  0.00133335581464169353, 0.000154035304417360502,
-                                     0.0000152527338298361184, 1.32154425879216897e-6, 1.01780624458457735e-7,
-                                     7.0725859492692237e-9,   4.45496059818651839e-10};
-  static constexpr double kTanh[] = {-0.333333333333333226,  0.133333333333266577,    -0.0539682539613955708,
-                                     0.0218694882605591146,  -0.00886322983092570875, 0.00359205897747345532,
-                                     -0.00145530929753464202, 0.00058743728600943819, -0.000230776162695198579,
-                                     0.00007959955735264808, -0.0000172448744948443302};
+  static constexpr double kExp2[] = {
+      0.693147180559945309,   0.240226506959100982,    0.0555041086648215943,    0.00961812910760688853,
+      0.00133335581464169353, 0.000154035304417360502, 0.0000152527338298361184, 1.32154425879216897e-6,
+      1.01780624458457735e-7, 7.0725859492692237e-9,   4.45496059818651839e-10};
+  static constexpr double kTanh[] = {
+      -0.333333333333333226,    0.133333333333266577,   -0.0539682539613955708,   0.0218694882605591146,
+      -0.00886322983092570875,  0.00359205897747345532, -0.00145530929753464202,  0.00058743728600943819,
+      -0.000230776162695198579, 0.00007959955735264808, -0.0000172448744948443302};
 };
 
 // significand * 2^n, n a whole number held as T; overflows to infinity and underflows through the subnormals.
@@ -112,11 +114,12 @@ inline Vec<double> tanh(Vec<double> x) { return tanh_vector<double>(x); }
 // Absolute error at most 2e-7.
 inline Vec<float> erf(Vec<float> x) {
   // erf(x) / x in x^2 on |x| <= 1, error 2e-9
-  static constexpr float kSmall[] = {1.12837917f,    -0.376126267f,   0.112835947f,    -0.0268542120f,
+  static constexpr float kSmall[] = {1.12837917f,    -0.376126267f,    0.112835947f,    -0.0268542120f,
                                      0.00518908742f, -0.000801686429f, 0.0000787587506f};
   // log2(erfc(x)) on 1 <= x <= 4, error 3e-8; beyond 4 erf is 1 in float
-  static constexpr float kLarge[] = {0.000461861577f, -1.63058217f,   -0.911532311f,    -0.158811990f, 0.0381176419f,
-                                     -0.00686664597f, 0.000861008516f, -0.0000664477098f, 0.00000236191023f};
+  static constexpr float kLarge[] = {0.000461861577f, -1.63058217f,      -0.911532311f,
+                                     -0.158811990f,   0.0381176419f,     -0.00686664597f,
+                                     0.000861008516f, -0.0000664477098f, 0.00000236191023f};
   const Vec<float> magnitude = min(broadcast(4.0f), abs(x));
   const Vec<float> small = x * polynomial(x * x, kSmall);
   const Vec<float> large = 1.0f - exp2(polynomial(magnitude, kLarge));
