@@ -1,4 +1,4 @@
-# Cross compile of the torch-free CPU kernels for 64-bit Arm with Debian's g++-aarch64-linux-gnu (`make cross`).
+# The torch-free CPU kernels for 64-bit Arm, by Debian's g++-aarch64-linux-gnu (`make cross`).
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)

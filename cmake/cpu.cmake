@@ -1,8 +1,8 @@
-# lwft_cpu_kernels: every *_cpu.cpp compiled once per instruction-set level, and the other csrc/common/cpu/*.cpp
-# (dispatch, threads) compiled once with baseline flags.
+# lwft_cpu_kernels: every *_cpu.cpp (the kernels of a room, the products they share) compiled once per level
+# of instruction set; the other files of csrc/common/cpu (dispatch, threads) once, with baseline flags.
 #
-# A kernel file is compiled with -DLWFT_ISA=<level> and puts all it defines into namespace lwft::LWFT_ISA. The rest of
-# the code is told the levels as LWFT_ISA_LEVELS, an X-macro list in rising order: X(baseline) X(avx2) ...
+# A *_cpu.cpp is compiled with -DLWFT_ISA=<level> and puts all it defines into namespace lwft::LWFT_ISA. The
+# rest of the code is told the levels as LWFT_ISA_LEVELS, a list in rising order: X(baseline) X(avx2) ...
 include(CheckCXXCompilerFlag)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
@@ -17,15 +17,10 @@ else()
 endif()
 set(LWFT_ISA_LEVELS "${isa_known}" CACHE STRING "Instruction-set levels to compile the CPU kernels for")
 
-file(GLOB cpu_kernel_sources CONFIGURE_DEPENDS csrc/*/*_cpu.cpp csrc/common/cpu/*_cpu.cpp)
-file(GLOB cpu_common_sources CONFIGURE_DEPENDS csrc/common/cpu/*.cpp)
-list(FILTER cpu_common_sources EXCLUDE REGEX "_cpu\\.cpp$")
-
 set(isa_levels)
-set(isa_objects)
 foreach(level IN LISTS LWFT_ISA_LEVELS)
   if(NOT level IN_LIST isa_known)
-    message(FATAL_ERROR "LWFT_ISA_LEVELS: '${level}' is not one of ${isa_known} (on ${CMAKE_SYSTEM_PROCESSOR})")
+    message(FATAL_ERROR "LWFT_ISA_LEVELS: ${CMAKE_SYSTEM_PROCESSOR} has ${isa_known}, not '${level}'")
   endif()
   string(REPLACE ";" " " flags "${isa_flags_${level}}")
   if(flags)
@@ -36,42 +31,57 @@ foreach(level IN LISTS LWFT_ISA_LEVELS)
     endif()
   endif()
   list(APPEND isa_levels ${level})
-  if(NOT cpu_kernel_sources)
-    continue()
-  endif()
-  add_library(lwft_isa_${level} OBJECT ${cpu_kernel_sources})
-  target_include_directories(lwft_isa_${level} PRIVATE csrc)
-  target_compile_definitions(lwft_isa_${level} PRIVATE LWFT_ISA=${level})
-  target_compile_options(lwft_isa_${level} PRIVATE ${isa_flags_${level}})
+endforeach()
+message(STATUS "CPU kernels: ${isa_levels}")
 
-  # An inline function or template of a shared header (std::vector's, say) that one level emits out of line is, to the
-  # linker, the same function as every other level's, and it keeps one: perhaps the one with AVX-512 in it, for all.
-  # So the objects of a level become one object, in which only lwft::<level> stays visible.
-  # (Not under sanitizers, whose own linker groups have to survive.)
-  if(CMAKE_OBJCOPY AND NOT LWFT_SANITIZE)
-    set(object ${PROJECT_BINARY_DIR}/isa/${level}.o)
-    string(LENGTH ${level} length)  # as the Itanium mangling spells a name: length, then letters
+# lwft_compile_per_level(<name> <sources>...): sets <name>_objects to what a library or program links in.
+#
+# An inline function from outside lwft::<level> (of std::vector, say) that a level emits out of line is, to the
+# linker, the same function as every other level's, and it keeps one: perhaps the one with AVX-512 in it, for
+# all. So the objects of a level become one object, in which only lwft::<level> stays visible.
+# (Not under sanitizers, whose own linker groups have to survive.)
+function(lwft_compile_per_level name)
+  set(objects)
+  foreach(level IN LISTS isa_levels)
+    set(target ${name}_${level})
+    add_library(${target} OBJECT ${ARGN})
+    target_include_directories(${target} PRIVATE csrc)
+    target_compile_definitions(${target} PRIVATE LWFT_ISA=${level})
+    target_compile_options(${target} PRIVATE ${isa_flags_${level}})
+    if(LWFT_SANITIZE OR NOT CMAKE_OBJCOPY)
+      list(APPEND objects "$<TARGET_OBJECTS:${target}>")
+      continue()
+    endif()
+    set(object ${PROJECT_BINARY_DIR}/isa/${level}/${name}.o)
+    string(LENGTH ${level} length)  # as the Itanium mangling spells a name: its length, then its letters
     add_custom_command(
       OUTPUT ${object}
-      COMMAND ${CMAKE_COMMAND} -E make_directory ${PROJECT_BINARY_DIR}/isa
+      COMMAND ${CMAKE_COMMAND} -E make_directory ${PROJECT_BINARY_DIR}/isa/${level}
       COMMAND ${CMAKE_CXX_COMPILER} -nostdlib -r -Wl,--force-group-allocation -o ${object}
-              "$<TARGET_OBJECTS:lwft_isa_${level}>"
+              "$<TARGET_OBJECTS:${target}>"
       COMMAND ${CMAKE_OBJCOPY} --wildcard "--keep-global-symbol=_ZN4lwft${length}${level}*" ${object}
-      DEPENDS "$<TARGET_OBJECTS:lwft_isa_${level}>"
-      COMMENT "Closing instruction-set level ${level}"
+      DEPENDS "$<TARGET_OBJECTS:${target}>"
+      COMMENT "Closing instruction-set level ${level} of ${name}"
       COMMAND_EXPAND_LISTS VERBATIM)
-    list(APPEND isa_objects ${object})
-  else()
-    list(APPEND isa_objects "$<TARGET_OBJECTS:lwft_isa_${level}>")
-  endif()
-endforeach()
+    list(APPEND objects ${object})
+  endforeach()
+  set(${name}_objects ${objects} PARENT_SCOPE)
+endfunction()
+
+file(GLOB kernel_sources CONFIGURE_DEPENDS csrc/*/*_cpu.cpp csrc/common/cpu/*_cpu.cpp)
+file(GLOB cpu_common_sources CONFIGURE_DEPENDS csrc/common/cpu/*.cpp)
+list(FILTER kernel_sources EXCLUDE REGEX "/csrc/(harness|tests)/")
+list(REMOVE_ITEM cpu_common_sources ${kernel_sources})
+lwft_compile_per_level(kernels ${kernel_sources})
 
 list(TRANSFORM isa_levels REPLACE "(.+)" "X(\\1)" OUTPUT_VARIABLE isa_list)
 list(JOIN isa_list " " isa_list)
-message(STATUS "CPU kernels: ${isa_levels}")
 
-add_library(lwft_cpu_kernels STATIC ${cpu_common_sources} ${isa_objects})
-set_target_properties(lwft_cpu_kernels PROPERTIES LINKER_LANGUAGE CXX)
+add_library(lwft_cpu_kernels STATIC ${cpu_common_sources} ${kernels_objects})
 target_include_directories(lwft_cpu_kernels PUBLIC csrc)
 target_compile_definitions(lwft_cpu_kernels PUBLIC "LWFT_ISA_LEVELS=${isa_list}")
 target_link_libraries(lwft_cpu_kernels PUBLIC Threads::Threads)
+
+# Taken whole: dispatch refers to rooms weakly while not all stand, and that draws nothing from an archive.
+add_library(lwft_cpu INTERFACE)
+target_link_libraries(lwft_cpu INTERFACE -Wl,--whole-archive lwft_cpu_kernels -Wl,--no-whole-archive)

@@ -1,10 +1,10 @@
 """Where the torch this package is being installed beside lies. It is looked up, never imported.
 
-pip builds in an isolated environment that hides the site-packages of the target environment, but it does so with the
+pip builds in an isolated environment, which hides the site-packages of the target environment, but with the
 target's own interpreter, whose `purelib` still names them. So the build finds the torch it will run with, and
-build-system.requires does not have to name torch, which would download a second and perhaps different one.
+build-system.requires need not name torch, which would download a second and perhaps different one.
 
-As a script it prints the directory, or one sentence saying what to install and exits with 1.
+As a script: prints the directory, or one sentence that says what to install first, and then exits with 1.
 """
 
 import re
@@ -13,42 +13,41 @@ import sys
 import sysconfig
 from pathlib import Path
 
-OLDEST_TORCH = (2, 10)  # the stable ABI of 2.10 is what _C.so is built against; see CMakeLists.txt
+OLDEST_TORCH = (2, 10)  # whose stable ABI _C.so is built against: TORCH_TARGET_VERSION in library.cmake
 
 
 def find_torch() -> Path:
-    """The directory of the installed torch package. Raises SystemExit with one sentence if there is none to use."""
-    roots = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path]
-    if sys.prefix != sys.base_prefix and _sees_system_packages():
-        base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
-        roots += [sysconfig.get_path("purelib", vars=base), sysconfig.get_path("platlib", vars=base)]
+    """The directory of the installed torch package. SystemExit with one sentence where none can be used."""
+    for root in _site_directories():
+        version_file = Path(root, "torch", "version.py")
+        if version_file.is_file():
+            break
+    else:
+        raise SystemExit(
+            "lwft_kernels is built beside the torch it will run with, and this environment has none: install "
+            "torch first, e.g. `pip install torch`, then lwft_kernels (with a build front end other than "
+            "pip, add --no-build-isolation)."
+        )
+    version = re.search(r"(?m)^__version__\b.*?['\"]((\d+)\.(\d+)[^'\"]*)", version_file.read_text())
+    if version is None or (int(version[2]), int(version[3])) < OLDEST_TORCH:
+        raise SystemExit(
+            f"lwft_kernels needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, and "
+            f"{version_file.parent} is torch {version[1] if version else 'of unknown version'}: upgrade it "
+            "first, e.g. `pip install --upgrade torch`, then install lwft_kernels."
+        )
+    return version_file.parent.resolve()
+
+
+def _site_directories() -> list[str]:
+    """Where the target environment keeps packages, in the order it imports them."""
+    directories = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     if site.ENABLE_USER_SITE:
-        roots.append(site.getusersitepackages())
-    for root in roots:
-        version_file = Path(root or ".", "torch", "version.py")
-        if not version_file.is_file():
-            continue
-        version = re.search(r"^__version__\b.*?['\"](\d+)\.(\d+)([^'\"]*)", version_file.read_text(), re.MULTILINE)
-        if version is None or (int(version[1]), int(version[2])) < OLDEST_TORCH:
-            found = "of unknown version" if version is None else f"{version[1]}.{version[2]}{version[3]}"
-            raise SystemExit(
-                f"lwft_kernels needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer and found torch {found} in "
-                f"{version_file.parent}: upgrade it, e.g. `pip install --upgrade torch`, then install lwft_kernels again."
-            )
-        return version_file.parent.resolve()
-    raise SystemExit(
-        "lwft_kernels is built beside the torch it will run with, and this environment has none: install torch "
-        "first, e.g. `pip install torch`, then install lwft_kernels again (build front ends other than pip also need "
-        "--no-build-isolation)."
-    )
-
-
-def _sees_system_packages() -> bool:
-    """Whether this virtual environment was made with --system-site-packages."""
+        directories.append(site.getusersitepackages())
     config = Path(sys.prefix, "pyvenv.cfg")
-    return config.is_file() and bool(
-        re.search(r"^include-system-site-packages\s*=\s*true", config.read_text(), re.MULTILINE | re.IGNORECASE)
-    )
+    if config.is_file() and re.search(r"(?im)^include-system-site-packages\s*=\s*true", config.read_text()):
+        base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+        directories += [sysconfig.get_path(name, vars=base) for name in ("purelib", "platlib")]
+    return [directory or "." for directory in directories]
 
 
 if __name__ == "__main__":

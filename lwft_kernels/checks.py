@@ -56,8 +56,9 @@ def parameter_dtype(op: str, name: str, value: Tensor, other: str, reference: Te
 
 def shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], meaning: str) -> None:
     """`value` must have the shape `expected`, None standing for any size; `meaning` names the dimensions."""
-    if value.dim() == len(expected) and all(
-        want is None or size == want for size, want in zip(value.shape, expected, strict=True)
+    if value.shape == expected or (
+        value.dim() == len(expected)
+        and all(want is None or size == want for size, want in zip(value.shape, expected, strict=True))
     ):
         return
     wanted = ", ".join("any" if want is None else str(want) for want in expected)

@@ -79,11 +79,15 @@ def register(
     torch.library.register_autograd(f"lwft::{op}_forward", backward, setup_context=setup)
     torch.library.register_autograd(f"lwft::{op}_backward", _no_double_backward(op))
 
+    def below_autograd(*args: Any) -> Any:
+        # past the formula registered above, which would only find that no gradient is wanted
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward_op(*args)
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = forward_op(*args)
+            output = below_autograd(*args)
             setup(ctx, args, output)
             return output
 
@@ -92,7 +96,8 @@ def register(
             return backward(ctx, *grads)
 
     Eager.__name__ = Eager.__qualname__ = op
-    apply = Eager.apply
+    # Function.apply in C: the Python one above it unwraps functorch's tensors, which `call` has refused already
+    apply = super(torch.autograd.Function, Eager).apply
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -102,8 +107,6 @@ def register(
                 f"lwft_kernels.{op} does not work under torch.func transforms (grad, vmap, ...): use torch.autograd, or "
                 "lwft_kernels.use_backend('reference')"
             )
-        if torch.is_grad_enabled():
-            return apply(*args)
-        return forward_op(*args)
+        return apply(*args) if torch.is_grad_enabled() else below_autograd(*args)
 
     return call

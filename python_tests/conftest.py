@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # `import oracle` from every room
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # `import oracle` from every room
+sys.path.append(str(HERE.parent / "build"))  # where `make test` leaves lwft_harness
 
 import lwft_kernels
 from lwft_kernels import backend

@@ -57,9 +57,16 @@ def prepared(arguments: Arguments, dtype: torch.dtype, keep: frozenset[str] = fr
 
 
 def outputs_and_gradients(
-    op: Op, arguments: Arguments, grad_seed: int = 0, backward: bool = True
+    op: Op,
+    arguments: Arguments,
+    grad_seed: int = 0,
+    backward: bool = True,
+    direction_dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """All outputs of op(**arguments) and, for one random direction, the gradients of the arguments that want one."""
+    """All outputs of op(**arguments) and, for one random direction, the gradients of the arguments that want one.
+
+    The direction is rounded to `direction_dtype`, so that runs in different dtypes differentiate along the same one.
+    """
     out = op(**arguments)
     outs = list(out) if isinstance(out, tuple) else [out]
     result = {f"out{i}": value for i, value in enumerate(outs)}
@@ -69,7 +76,8 @@ def outputs_and_gradients(
         scalar = torch.zeros((), dtype=torch.float64)
         for value in outs:
             if value.requires_grad:
-                direction = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+                direction = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+                direction = direction.to(direction_dtype).to(value.dtype)
                 scalar = scalar + torch.where(torch.isfinite(value), value, 0).mul(direction).sum().double()
         grads = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True)
         for name, grad in zip(leaves, grads, strict=True):
@@ -108,7 +116,8 @@ def check_op(
     The inputs are rounded to `dtype` first, so that all three see the same numbers.
     """
     rounded = prepared(arguments, dtype, keep)
-    oracle = outputs_and_gradients(reference, prepared(rounded, torch.float64), backward=backward)
-    eager = outputs_and_gradients(reference, prepared(rounded, dtype, keep), backward=backward)
-    mine = outputs_and_gradients(ours, prepared(rounded, dtype, keep), backward=backward)
+    options: dict[str, Any] = {"backward": backward, "direction_dtype": dtype}
+    oracle = outputs_and_gradients(reference, prepared(rounded, torch.float64), **options)
+    eager = outputs_and_gradients(reference, prepared(rounded, dtype, keep), **options)
+    mine = outputs_and_gradients(ours, prepared(rounded, dtype, keep), **options)
     assert_accurate(mine, eager, oracle, note)

@@ -41,7 +41,7 @@ def add_layer_norm(
     checks.floating(_OP, "x", x)
     checks.floating(_OP, "sublayer_out", sublayer_out)
     checks.at_least_dims(_OP, "x", x, 1, "(..., d)")
-    checks.shape(_OP, "sublayer_out", sublayer_out, tuple(x.shape), "that of x")
+    checks.shape(_OP, "sublayer_out", sublayer_out, x.shape, "that of x")
     checks.same_device(_OP, "sublayer_out", sublayer_out, "x", x)
     eps = checks.positive(_OP, "eps", eps)
     dropout_p = checks.probability(_OP, "dropout_p", dropout_p)

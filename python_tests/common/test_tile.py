@@ -1,0 +1,128 @@
+"""csrc/common/cpu/tile.h on every level: packing and the three products, against numpy in float64."""
+
+import itertools
+
+import lwft_harness
+import numpy as np
+import pytest
+
+LEVELS = lwft_harness.levels()
+DTYPES = (np.float32, np.float64)
+MARGIN = 5
+
+
+def random_matrix(rows: int, columns: int, dtype: type, layout: str = "rows") -> np.ndarray:
+    """Of N(0, 1). layout: rows or columns are contiguous, with a gap between them; or nothing is."""
+    random = np.random.default_rng(1000 * rows + columns)
+    if layout == "rows":
+        return random.standard_normal((rows, columns + 3)).astype(dtype)[:, :columns]
+    if layout == "columns":
+        return random.standard_normal((columns, rows + 3)).astype(dtype)[:, :rows].T
+    return random.standard_normal((2 * rows, 3 * columns)).astype(dtype)[::2, ::3]
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """bfloat16 bits in an array of the same layout, by cutting."""
+    bits = np.empty_like(x, np.uint16)
+    bits[...] = np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16
+    return bits
+
+
+def value_of(x: np.ndarray) -> np.ndarray:
+    if x.dtype == np.uint16:
+        return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return x.astype(np.float64)
+
+
+def assert_close(actual: np.ndarray, a: np.ndarray, b: np.ndarray, before: np.ndarray | None = None) -> None:
+    """Within the rounding of a sum taken in blocks of 256: |error| <= eps * c * |A| |B|."""
+    expected, size = a.astype(np.float64) @ value_of(b), np.abs(a).astype(np.float64) @ np.abs(value_of(b))
+    if before is not None:
+        expected, size = expected + before, size + np.abs(before)
+    limit = (4 + a.shape[1] ** 0.5) * np.finfo(actual.dtype).eps
+    assert np.all(np.abs(actual - expected) <= limit * size)
+
+
+SIZES = [
+    *itertools.product([1, 2, 5, 6, 7, 13], [1, 3, 16, 17, 64, 65, 131], [1, 2, 17, 64]),
+    (37, 97, 257),
+    (48, 64, 512),
+    (3, 200, 1031),
+    *[(m, n, k) for m in (0, 3) for n in (0, 7) for k in (0, 5)],
+]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gemm(level: str, dtype: type) -> None:
+    layouts = itertools.cycle(itertools.product(["rows", "columns", "none"], ["columns", "rows", "none"]))
+    for m, n, k in SIZES:
+        a_layout, b_layout = next(layouts)
+        a, b = random_matrix(m, k, dtype, a_layout), random_matrix(k, n, dtype, b_layout)
+        out = lwft_harness.gemm(level, a, b, margin=MARGIN)
+        width = out.shape[1] - MARGIN
+        assert n <= width < n + lwft_harness.lanes(level, np.dtype(dtype).name)
+        assert_close(out[:, :n], a, b)
+        assert np.all(out[:, n:width] == 0), "padding"
+        assert np.all(np.isnan(out[:, width:])), "written past the padding"
+        before = random_matrix(m, width + MARGIN, dtype)
+        after = lwft_harness.gemm(level, a, b, c=before, margin=MARGIN)
+        assert_close(after[:, :n], a, b, before[:, :n])
+        np.testing.assert_array_equal(after[:, n:], before[:, n:])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("product", ["dot_rows", "combine_rows"])
+def test_products_of_few_rows(level: str, dtype: type, product: str) -> None:
+    multiply = getattr(lwft_harness, product)
+    for m, n, k in SIZES:
+        a = random_matrix(m, k, dtype)
+        b = random_matrix(k, n, dtype, "columns" if product == "dot_rows" else "rows")
+        for b_typed in (b, to_bfloat16(b), b.astype(np.float16, order="K"), b.astype(np.float64, order="K")):
+            b_given = b_typed.T if product == "dot_rows" else b_typed
+            out = multiply(level, a, b_given, margin=MARGIN)
+            assert_close(out[:, :n], a, b_typed)
+            assert np.all(np.isnan(out[:, n:]))
+            before = random_matrix(m, n + MARGIN, dtype)
+            after = multiply(level, a, b_given, c=before, margin=MARGIN)
+            assert_close(after[:, :n], a, b_typed, before[:, :n])
+            np.testing.assert_array_equal(after[:, n:], before[:, n:])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["rows", "columns", "none"])
+def test_panels(level: str, dtype: type, layout: str) -> None:
+    """[panel][k][width], the last panel as wide as it must be, zeros in the padding; from every dtype."""
+    lanes = lwft_harness.lanes(level, np.dtype(dtype).name)
+    for k, n in itertools.product([0, 1, 7, 16, 33], [0, 1, 5, lanes, 2 * lanes + 1, 4 * lanes, 9 * lanes + 3]):
+        b = random_matrix(k, n, dtype, layout)
+        for given in (b, to_bfloat16(b), b.astype(np.float16, order="K"), b.astype(np.float32, order="K")):
+            panels = lwft_harness.pack_panels(level, given, np.dtype(dtype).name)
+            padded = -(-n // lanes) * lanes
+            assert panels.size == k * padded
+            matrix = np.zeros((k, padded), dtype)
+            matrix[:, :n] = value_of(given)
+            for panel_width in (2 * lanes, 4 * lanes):  # 16 or 32 vector registers
+                columns = range(0, padded, panel_width)
+                expected = [matrix[:, first : first + panel_width].ravel() for first in columns]
+                if np.array_equal(panels, np.concatenate([*expected, np.zeros(0, dtype)])):
+                    break
+            else:
+                raise AssertionError(f"panels of {(k, n)}")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_long_sum_is_accurate(level: str) -> None:
+    """k = 5000 in float32: no worse than twice numpy's own product, which also sums in blocks."""
+    a, b = random_matrix(7, 5000, np.float32), random_matrix(5000, 70, np.float32)
+    a, b = np.abs(a), np.abs(b)  # no cancellation: the error of one long chain would grow with k
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    numpy_error = np.linalg.norm(a @ b - exact)
+    for actual in (
+        lwft_harness.gemm(level, a, b)[:, :70],
+        lwft_harness.dot_rows(level, a, np.ascontiguousarray(b.T)),
+        lwft_harness.combine_rows(level, a, b),
+    ):
+        assert np.linalg.norm(actual - exact) <= 2 * numpy_error + 2e-7 * np.linalg.norm(exact)
