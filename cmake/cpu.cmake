@@ -36,9 +36,9 @@ message(STATUS "CPU kernels: ${isa_levels}")
 
 # lwft_compile_per_level(<name> <sources>...): sets <name>_objects to what a library or program links in.
 #
-# An inline function from outside lwft::<level> (of std::vector, say) that a level emits out of line is, to the
-# linker, the same function as every other level's, and it keeps one: perhaps the one with AVX-512 in it, for
-# all. So the objects of a level become one object, in which only lwft::<level> stays visible.
+# An inline function from outside lwft::<level> (of std::vector, say) that a level emits out of line is, to
+# the linker, the same function as every other level's, and it keeps one: perhaps the one with AVX-512 in it,
+# for all. So the objects of a level become one object, in which only lwft::<level> stays visible.
 # (Not under sanitizers, whose own linker groups have to survive.)
 function(lwft_compile_per_level name)
   set(objects)

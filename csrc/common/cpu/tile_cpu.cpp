@@ -10,7 +10,9 @@ namespace {
 
 template <class T>
 void clear_rows(int64_t m, int64_t columns, T* c, int64_t ldc) {
-  for (int64_t i = 0; i < m; ++i) __builtin_memset(c + i * ldc, 0, static_cast<size_t>(columns) * sizeof(T));
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < columns; ++j) c[i * ldc + j] = T{0};
+  }
 }
 
 // How many vectors of sums a tile of C keeps in registers, leaving room for a row of B and an element of A.
@@ -227,7 +229,7 @@ inline void store_sums(const Vec<T> (&v)[4], T* to) {
   }
 }
 
-// C[i, j] (+)= sum_l A[i, l] B[j, l] for Rows rows of A and Columns (4 or 1) rows of B, k in blocks as in gemm.
+// C[i, j] (+)= sum_l A[i, l] B[j, l] for Rows rows of A, Columns (4 or 1) rows of B; k in blocks as in gemm.
 template <class T, int Rows, int Columns, class Storage>
 void dot_block(int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c, int64_t ldc,
                Mode mode) {
@@ -280,8 +282,8 @@ void dot_block(int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb
   }
 }
 
-// C[i, 0 .. columns) (+)= sum_l A[i, l] B[l, 0 .. columns): Rows rows, Vectors vectors of columns, the last of
-// which may be partial.
+// C[i, 0 .. columns) (+)= sum_l A[i, l] B[l, 0 .. columns): Rows rows, Vectors vectors of columns, of which the
+// last may be partial.
 template <class T, int Rows, int Vectors, class Storage>
 void combine_block(int64_t k, int64_t columns, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c,
                    int64_t ldc, Mode mode) {
