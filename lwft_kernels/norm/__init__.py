@@ -1,0 +1,1 @@
+"""LayerNorm(x + dropout(sublayer_out)): functional, reference, autograd and module."""

@@ -1,0 +1,112 @@
+"""Gives a kernel pair ``lwft::<op>_forward`` / ``lwft::<op>_backward`` its shapes and its gradient.
+
+The autograd formula of an op is written once, in its room, and used twice: by `torch.library.register_autograd`, which
+torch.compile and torch.export trace, and by a thin `torch.autograd.Function` in eager, which halves the overhead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwft_kernels import backend
+
+Formula = Callable[..., Any]
+
+
+def wanted(needs_input_grad: Sequence[bool], positions: Sequence[int]) -> int:
+    """The `needs` bits of a backward op: bit i is set when the input at positions[i] wants a gradient."""
+    return sum(1 << bit for bit, position in enumerate(positions) if needs_input_grad[position])
+
+
+def gradients(results: Sequence[Tensor], needs: int) -> list[Tensor | None]:
+    """A backward op's results with None for those that were not wanted (they come back empty)."""
+    return [result if needs >> bit & 1 else None for bit, result in enumerate(results)]
+
+
+def _no_double_backward(op: str) -> Formula:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"lwft_kernels.{op} has no second derivative: differentiate once (create_graph=False), or compute this part "
+            "with lwft_kernels.use_backend('reference')"
+        )
+
+    return backward
+
+
+def register(
+    op: str,
+    *,
+    forward_fake: Formula,
+    backward_fake: Formula,
+    setup_context: Formula,
+    backward: Formula,
+    differentiable_outputs: int = 1,
+) -> Callable[..., Any]:
+    """Register shapes and gradient of `op` and return the function that calls it.
+
+    Args:
+        op: name; the library defines ``lwft::{op}_forward`` and ``lwft::{op}_backward``.
+        forward_fake, backward_fake: the shapes of the results, as `torch.library.register_fake` wants them.
+        setup_context, backward: the formula, as `torch.library.register_autograd` wants it.
+        differentiable_outputs: the first so many results of forward carry gradients; the rest are statistics kept for
+            backward.
+
+    Returns:
+        A function of the forward op's arguments, all positional, that returns all its results.
+    """
+    if backend.library_error is not None:
+
+        def unavailable(*args: Any) -> Any:
+            raise RuntimeError(f"lwft_kernels.{op}: {backend.library_error}")
+
+        return unavailable
+
+    forward_op = getattr(torch.ops.lwft, f"{op}_forward").default
+    torch.library.register_fake(f"lwft::{op}_forward", forward_fake)
+    torch.library.register_fake(f"lwft::{op}_backward", backward_fake)
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*output[differentiable_outputs:])
+        # a loss that uses one result only must not make backward read zeros for the other
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
+    torch.library.register_autograd(f"lwft::{op}_forward", backward, setup_context=setup)
+    torch.library.register_autograd(f"lwft::{op}_backward", _no_double_backward(op))
+
+    def below_autograd(*args: Any) -> Any:
+        # past the formula registered above, which would only find that no gradient is wanted
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward_op(*args)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = below_autograd(*args)
+            setup(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+    Eager.__name__ = Eager.__qualname__ = op
+    # Function.apply in C: the Python one above it unwraps functorch's tensors, which `call` has refused already
+    apply = super(torch.autograd.Function, Eager).apply
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward_op(*args)
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                f"lwft_kernels.{op} does not work under torch.func transforms (grad, vmap, ...): use torch.autograd, or "
+                "lwft_kernels.use_backend('reference')"
+            )
+        return apply(*args) if torch.is_grad_enabled() else below_autograd(*args)
+
+    return call
