@@ -81,7 +81,3 @@ add_library(lwft_cpu_kernels STATIC ${cpu_common_sources} ${kernels_objects})
 target_include_directories(lwft_cpu_kernels PUBLIC csrc)
 target_compile_definitions(lwft_cpu_kernels PUBLIC "LWFT_ISA_LEVELS=${isa_list}")
 target_link_libraries(lwft_cpu_kernels PUBLIC Threads::Threads)
-
-# Taken whole: dispatch refers to rooms weakly while not all stand, and that draws nothing from an archive.
-add_library(lwft_cpu INTERFACE)
-target_link_libraries(lwft_cpu INTERFACE -Wl,--whole-archive lwft_cpu_kernels -Wl,--no-whole-archive)

@@ -8,13 +8,12 @@
 
 namespace lwft {
 
-// A room whose kernels are not linked in is null. (The word `weak` goes when all four rooms stand.)
-#define X(level)                                                         \
-  namespace level {                                                      \
-  extern const NormKernels norm_kernels;\
-  extern const AdapterKernels adapter_kernels __attribute__((weak));     \
-  extern const LowRankKernels lowrank_kernels __attribute__((weak));     \
-  extern const AttentionKernels attention_kernels __attribute__((weak)); \
+#define X(level)                                   \
+  namespace level {                                \
+  extern const NormKernels norm_kernels;           \
+  extern const AdapterKernels adapter_kernels;     \
+  extern const LowRankKernels lowrank_kernels;     \
+  extern const AttentionKernels attention_kernels; \
   }
 LWFT_ISA_LEVELS
 #undef X
