@@ -7,7 +7,8 @@
 
 namespace lwft {
 
-// A 4-D tensor by pointer and element strides, in the order of its shape comment. Stride 0 = broadcast.
+// A 4-D tensor by pointer and element strides, in the order of its shape comment. Stride 0 = broadcast; the last stride
+// is 1 (of bias and mask 1 or 0).
 struct Strided {
   const void* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};

@@ -89,6 +89,7 @@ void delete_block(WorkspaceBlock* block) {
 struct Workspace {
   WorkspaceBlock* first = nullptr;
   WorkspaceBlock* current = nullptr;
+  int open_scopes = 0;
 
   ~Workspace() { free_from(first); }
 
@@ -100,7 +101,8 @@ struct Workspace {
     }
   }
 
-  // Nothing is in use: keep the last block, which is the largest, unless it is too large to keep.
+  // No scope is open (one that has taken nothing still holds a mark): keep the last block, which is the
+  // largest, unless it is too large to keep.
   void shrink() {
     while (first != nullptr && (first->next != nullptr || first->capacity > kKeptBytes)) {
       WorkspaceBlock* next = first->next;
@@ -116,12 +118,14 @@ thread_local Workspace workspace;
 }  // namespace
 
 WorkspaceMark workspace_mark() {
-  const Workspace& mine = workspace;
+  Workspace& mine = workspace;
+  ++mine.open_scopes;
   return {mine.current, mine.current != nullptr ? mine.current->used : 0};
 }
 
 void workspace_release(WorkspaceMark mark) {
   Workspace& mine = workspace;
+  --mine.open_scopes;
   if (mine.current == nullptr) return;
   // A mark without a block was made before the first one existed.
   WorkspaceBlock* const kept = mark.block != nullptr ? mark.block : mine.first;
@@ -134,7 +138,7 @@ void workspace_release(WorkspaceMark mark) {
     if (block == mine.current) break;
   }
   mine.current = kept;
-  if (kept == mine.first && kept->used == 0) mine.shrink();
+  if (mine.open_scopes == 0) mine.shrink();
 }
 
 void* workspace_take(size_t count, size_t element_size) {

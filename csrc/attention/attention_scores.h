@@ -1,0 +1,263 @@
+// What the forward and the backward CPU kernel share: which keys a row sees, and how q.k becomes the score the softmax
+// sees. Included by attention_*cpu.cpp only: compiled once per level.
+#pragma once
+#include "attention/attention.h"
+#include "common/cpu/convert.h"
+#include "common/cpu/dropout_vec.h"
+#include "common/cpu/tile.h"
+#include "common/cpu/vec_math.h"
+
+namespace lwft::LWFT_ISA {
+
+template <class T>
+constexpr T kInfinity = static_cast<T>(__builtin_inf());
+
+// Up to so many rows per key head, the forward kernel does not pack the keys: its scores are then summed in another order
+// than the products of the backward kernel.
+constexpr int64_t kFewRows = 8;
+
+// begin .. end - 1
+struct Range {
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+  bool empty() const { return end <= begin; }
+};
+
+inline Range intersect(Range a, Range b) { return {maximum(a.begin, b.begin), minimum(a.end, b.end)}; }
+
+// `total` cut into pieces of about equal size: at most `limit` each, a multiple of `multiple` but for the last.
+struct Pieces {
+  int64_t total, size, count;
+
+  Pieces(int64_t total_in, int64_t limit, int64_t multiple) : total(total_in), size(multiple), count(0) {
+    if (total <= 0) return;
+    size = round_up(ceil_div(total, ceil_div(total, limit)), multiple);
+    count = ceil_div(total, size);
+  }
+  Range operator[](int64_t i) const { return {i * size, minimum((i + 1) * size, total)}; }
+};
+
+inline const void* element(const void* base, DType dtype, int64_t offset) {
+  return static_cast<const char*>(base) + offset * static_cast<int64_t>(element_size(dtype));
+}
+
+// The G = H / Hkv query heads that share one key head of one sequence. They are worked on together, so that keys are
+// read and packed once: row r is query r / G of head kv_head * G + r % G, and neighbouring rows see about the same keys.
+struct HeadGroup {
+  const AttentionShape& shape;
+  const AttentionRule& rule;
+  int64_t batch, kv_head, group_size;
+
+  HeadGroup(const AttentionShape& shape_in, const AttentionRule& rule_in, int64_t index)
+      : shape(shape_in),
+        rule(rule_in),
+        batch(index / shape_in.kv_heads),
+        kv_head(index % shape_in.kv_heads),
+        group_size(shape_in.heads / shape_in.kv_heads) {}
+
+  static int64_t count(const AttentionShape& shape) { return shape.batch * shape.kv_heads; }
+  static int64_t rows(const AttentionShape& shape) {
+    return shape.kv_heads == 0 ? 0 : shape.heads / shape.kv_heads * shape.queries;
+  }
+
+  int64_t rows() const { return group_size * shape.queries; }
+  int64_t query(int64_t row) const { return row / group_size; }
+  int64_t head(int64_t row) const { return kv_head * group_size + row % group_size; }
+  // Of a row in a (B, H, S, ...) tensor.
+  int64_t offset(const int64_t (&stride)[4], int64_t row) const {
+    return batch * stride[0] + head(row) * stride[1] + query(row) * stride[2];
+  }
+  // In (B, H, S): where its lse stands, and its row in the random stream.
+  int64_t index(int64_t row) const { return (batch * shape.heads + head(row)) * shape.queries + query(row); }
+
+  // The keys a row sees, but for the mask. Neither end decreases from row to row.
+  Range visible(int64_t row) const {
+    const int64_t position = query(row) + shape.keys - shape.queries;
+    Range keys{0, shape.keys};
+    if (rule.causal) keys.end = minimum(keys.end, position + 1);
+    if (rule.window > 0) {
+      const int64_t window = minimum(rule.window, shape.keys + shape.queries);  // more says no more, and may overflow
+      keys.begin = maximum(keys.begin, position - window + 1);
+      if (!rule.causal) keys.end = minimum(keys.end, position + window);
+    }
+    if (rule.lengths != nullptr) keys.end = minimum(keys.end, rule.lengths[batch]);
+    return keys;
+  }
+};
+
+// Keys and values of a HeadGroup: the prefix, which every row sees as it is, or the keys proper.
+struct Segment {
+  bool prefix;
+  int64_t count, first_column;  // first_column: in the random stream, where the prefix comes first
+  Strided k, v;
+
+  template <class Params>
+  Segment(const Params& p, bool prefix_in)
+      : prefix(prefix_in),
+        count(prefix_in ? p.shape.prefix : p.shape.keys),
+        first_column(prefix_in ? 0 : p.shape.prefix),
+        k(prefix_in ? p.prefix_k : p.k),
+        v(prefix_in ? p.prefix_v : p.v) {}
+
+  const void* key(const HeadGroup& group, int64_t j) const { return at(group, k, j); }
+  const void* value(const HeadGroup& group, int64_t j) const { return at(group, v, j); }
+
+  Range visible(const HeadGroup& group, int64_t row) const {
+    return prefix ? Range{0, count} : group.visible(row);
+  }
+  // What any of these rows sees.
+  Range visible(const HeadGroup& group, Range rows) const {
+    return prefix ? Range{0, count} : Range{group.visible(rows.begin).begin, group.visible(rows.end - 1).end};
+  }
+
+ private:
+  const void* at(const HeadGroup& group, const Strided& tensor, int64_t j) const {
+    const int64_t offset =
+        group.batch * tensor.stride[0] + group.kv_head * tensor.stride[1] + j * tensor.stride[2];
+    return element(tensor.data, group.shape.dtype, offset);
+  }
+};
+
+// ---- rows of scores ----
+//
+// A row of n scores lies in memory that may be overwritten up to one vector past its end, so that all work is on whole
+// vectors; finish_scores puts -inf there, which every later step leaves without effect.
+
+template <class T>
+inline void fill(T* x, int64_t begin, int64_t end, T value) {
+  for (int64_t j = begin; j < end; ++j) x[j] = value;
+}
+
+// x *= factor, in whole vectors.
+template <class T>
+inline void scale_row(int64_t n, T* x, T factor) {
+  for (int64_t j = 0; j < n; j += kLanes<T>) store(x + j, load(x + j) * factor);
+}
+
+template <class T>
+inline void add_bias(const AttentionRule& rule, int64_t offset, int64_t n, T* x) {
+  visit_storage(rule.bias_dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    const Storage* bias = static_cast<const Storage*>(rule.bias.data) + offset;
+    if (rule.bias.stride[3] == 0) {
+      const Vec<T> same = broadcast(load_one<T>(bias));
+      for (int64_t j = 0; j < n; j += kLanes<T>) store(x + j, load(x + j) + same);
+      return;
+    }
+    int64_t j = 0;
+    for (; j + kLanes<T> <= n; j += kLanes<T>) store(x + j, load(x + j) + load_as<T>(bias + j));
+    if (j < n) store(x + j, load(x + j) + load_first_as<T>(bias + j, n - j));
+  });
+}
+
+template <class T>
+inline void apply_mask(const uint8_t* mask, int64_t stride, int64_t n, T* x) {
+  if (stride == 0) {
+    if (*mask == 0) fill(x, 0, n, -kInfinity<T>);
+    return;
+  }
+  using Bytes = Lanes<uint8_t, kLanes<T>>;
+  const auto masked = [](Bytes may_attend, Vec<T> scores) {
+    const Mask<T> seen = __builtin_convertvector(may_attend, Vec<Unsigned<T>>) != Unsigned<T>{0};
+    return select(seen, scores, broadcast(-kInfinity<T>));
+  };
+  int64_t j = 0;
+  for (; j + kLanes<T> <= n; j += kLanes<T>) {
+    Bytes bytes;
+    __builtin_memcpy(&bytes, mask + j, sizeof(bytes));
+    store(x + j, masked(bytes, load(x + j)));
+  }
+  if (j < n) {
+    Bytes bytes{};
+    __builtin_memcpy(&bytes, mask + j, static_cast<size_t>(n - j));
+    store(x + j, masked(bytes, load(x + j)));
+  }
+}
+
+// x holds scale * q.k of one row and its keys first .. first + n - 1; afterwards
+//     softcap * tanh(x / softcap) + bias, or -inf where the mask does not let the row attend.
+// slope, where it is given, gets the derivative of the softcap: 1 - tanh(x / softcap)^2.
+template <class T>
+inline void finish_scores(const HeadGroup& group, int64_t row, bool prefix, int64_t first, int64_t n, T* x,
+                          T* slope = nullptr) {
+  const AttentionRule& rule = group.rule;
+  if (rule.softcap > 0) {
+    const T cap = static_cast<T>(rule.softcap);
+    for (int64_t j = 0; j < n; j += kLanes<T>) {
+      const Vec<T> bent = tanh(load(x + j) / cap);
+      store(x + j, bent * cap);
+      if (slope != nullptr) store(slope + j, T{1} - bent * bent);
+    }
+  }
+  if (!prefix) {
+    if (rule.bias.data != nullptr) {
+      add_bias(rule, group.offset(rule.bias.stride, row) + first * rule.bias.stride[3], n, x);
+    }
+    if (rule.mask.data != nullptr) {
+      const int64_t offset = group.offset(rule.mask.stride, row) + first * rule.mask.stride[3];
+      apply_mask(static_cast<const uint8_t*>(rule.mask.data) + offset, rule.mask.stride[3], n, x);
+    }
+  }
+  const int64_t whole = n / kLanes<T> * kLanes<T>;
+  if (whole < n) store(x + whole, select(first_lanes<T>(n - whole), load(x + whole), broadcast(-kInfinity<T>)));
+}
+
+template <class T>
+inline T largest(int64_t n, const T* x) {
+  Vec<T> result = broadcast(-kInfinity<T>);
+  for (int64_t j = 0; j < n; j += kLanes<T>) result = max(result, load(x + j));
+  return max_lane(result);
+}
+
+// x = exp(x - shift); returns the sum.
+template <class T>
+inline T exponentiate(int64_t n, T* x, T shift) {
+  Vec<T> total{};
+  for (int64_t j = 0; j < n; j += kLanes<T>) {
+    const Vec<T> e = exp(load(x + j) - shift);
+    store(x + j, e);
+    total += e;
+  }
+  return sum(total);
+}
+
+// The softmax of one row over blocks of keys, one after the other (Milakov & Gimelshein 2018, algorithm 3):
+// total = sum over the keys so far of exp(score - highest).
+template <class T>
+struct RunningSoftmax {
+  T highest = -kInfinity<T>, total = 0;
+
+  // Finished scores become exp(score - highest), with the new highest; returns what all that was summed with the old one
+  // must be multiplied by.
+  T add(int64_t n, T* x) {
+    const T before = highest;
+    highest = maximum(before, largest(n, x));
+    // A row that has seen only -inf is shifted by 0: -inf minus -inf would be NaN.
+    const T shift = highest == -kInfinity<T> ? T{0} : highest;
+    const T factor = before == highest ? T{1} : exp(broadcast(before - shift))[0];
+    total = total * factor + exponentiate(n, x, shift);
+    return factor;
+  }
+
+  T log_sum_exp() const {
+    if (total == 0) return -kInfinity<T>;
+    if constexpr (std::is_same_v<T, float>) return highest + __builtin_logf(total);
+    return highest + static_cast<T>(__builtin_log(static_cast<double>(total)));
+  }
+  T inverse_total() const { return total == 0 ? T{0} : T{1} / total; }
+};
+
+// scale * q of some rows, (rows, padded<T>(D)), zeros in the padding.
+template <class T>
+inline void load_queries(const HeadGroup& group, const Strided& q, Range rows, T* to) {
+  const int64_t d = group.shape.head_dim, width = padded<T>(d);
+  const T scale = static_cast<T>(group.rule.scale);
+  for (int64_t row = rows.begin; row < rows.end; ++row, to += width) {
+    load_row(group.shape.dtype, q.data, group.offset(q.stride, row), d, to);
+    fill(to, d, width, T{0});
+    scale_row(d, to, scale);
+  }
+}
+
+}  // namespace lwft::LWFT_ISA

@@ -1,0 +1,1 @@
+"""Scaled dot-product attention with bias, mask, prefix, window and dropout: functional, reference, autograd, modules."""
