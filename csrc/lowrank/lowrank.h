@@ -1,6 +1,6 @@
 // out = bias + scale * dropout(x) A^T B^T, or out += ...: the product behind low_rank_linear, lora_linear and
-// lora_delta_ (LoRA: Hu et al. 2021, eq. 3). The (tokens, rank) middle never leaves the cache but for the copy
-// that backward needs. Nothing here knows torch.
+// lora_delta_ (LoRA: Hu et al. 2021, eq. 3). The (tokens, rank) middle never leaves the cache but for the
+// copy that backward needs. Nothing here knows torch.
 #pragma once
 #include "common/dropout.h"
 #include "common/dtype.h"
@@ -23,9 +23,9 @@ struct LowRankForward {
   bool accumulate;  // out += the product, instead of out = bias + the product
   void* out;        // (tokens, out_features), unit stride along out_features; shares no memory with x
   int64_t out_row_stride;
-  void*
-      hidden;  // (tokens, rank) contiguous, of accumulate_dtype(param_dtype): dropout(x) A^T, unscaled and not
-               // rounded to 16 bits, which would cost dB twice the error; 0 for a row without adapter
+  // dropout(x) A^T, unscaled: (tokens, rank) contiguous, of accumulate_dtype(param_dtype), for a rounding to
+  // 16 bits here would double the error of dB. 0 for a row without adapter.
+  void* hidden;
 };
 
 struct LowRankBackward {

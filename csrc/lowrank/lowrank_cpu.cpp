@@ -1,16 +1,20 @@
-// The low-rank product on the CPU. A task takes a block of tokens of one adapter through both thin products while
-// their (rows, rank) middle stays in the cache:
+// The low-rank product on the CPU.
 //
-//     forward    s  = dropout(x) A^T          out = bias + scale * s B^T
-//     backward   ds = scale * dy B            dx  = mask * (ds A),   dA += ds^T dropout(x),   dB += scale * dy^T s
+// Forward takes a block of tokens of one adapter through both thin products while their (rows, rank) middle
+// stays in the cache:
 //
-// Backward goes over dy once and over x once, and draws the dropout mask once. dA, dB and dbias are summed over the
-// tokens in two steps: a task (a chunk of blocks) has partial sums of its own, which are added in the order of the
-// chunks. Blocks and chunks are cut by shape alone, so the bits do not depend on the number of threads.
+//     s = dropout(x) A^T,   out = bias + scale * s B^T
 //
-// Scratch memory, in elements of float (double for f64): the packed adapters that occur, as large as they are; in
-// backward the partial sums, at most kPartials times rank * (in_features + out_features) plus once that for every
-// adapter that occurs.
+// Backward first makes ds = scale * dy B, a (tokens, rank) matrix, block by block. Then it goes through x by
+// slices of columns, and through dy likewise:
+//
+//     dx = mask * (ds A),   dA = ds^T dropout(x);        dB = scale * dy^T s,   dbias = sum of dy
+//
+// A slice owns its columns of dx, dA, dB and dbias and sums over all tokens in their order, so there are no
+// partial sums to add up, the mask is drawn once, and the bits do not depend on who computes what: blocks and
+// slices are cut by shape alone.
+//
+// Scratch memory: A and B of the adapters that occur, as packed panels; backward instead B, and ds.
 #include "lowrank/lowrank.h"
 
 #include "common/cpu/convert.h"
@@ -23,20 +27,20 @@ namespace {
 
 // Tokens of a block: a multiple of kTileRows, and 48 x kColumns floats fit the first cache beside a panel.
 constexpr int64_t kBlockRows = 48, kLeastBlockRows = 2 * kTileRows;
-// A short batch is cut into about so many blocks, for as many threads.
-constexpr int64_t kBlocks = 32;
-// Columns of a wide matrix that are written in one step: one block of the dropout stream, whole panels on every level.
-constexpr int64_t kColumns = kPhiloxColumns;
+// A short batch is cut into about so many blocks, a matrix into so many slices, for as many threads.
+constexpr int64_t kBlocks = 32, kSlices = 16;
+// Columns of a wide matrix that are written in one step: one block of the dropout stream, whole panels on
+// every level. A slice is of one to four of them: narrower ones waste what the memory fetches ahead.
+constexpr int64_t kColumns = kPhiloxColumns, kWidestSlice = 4 * kColumns;
 static_assert(kColumns % kPanelColumns<float> == 0 && kColumns % kPanelColumns<double> == 0);
 // Columns that are summed over in one step. A chain of so many additions is as accurate as the vendor's.
 constexpr int64_t kDepth = 64, kDotDepth = kKBlock;
 static_assert(kDepth % kColumns == 0 && kDotDepth % kDepth == 0);
 // An adapter with so few tokens is read where it lies: it would be packed for one use.
 constexpr int64_t kFewRows = 8;
-// Partial sums of dA, dB and dbias.
-constexpr int64_t kPartials = 32, kPartialBytes = int64_t{64} << 20;
 // Multiply-adds (or copied elements) below which a loop is not worth waking other threads for.
 constexpr int64_t kSerialWork = 1 << 18;
+// Columns that one task packs.
 constexpr int64_t kPackColumns = 1024;
 
 template <class Body>
@@ -114,7 +118,8 @@ Plan make_plan(int64_t tokens, int64_t adapters, const int64_t* adapter_index, S
   return {groups, first, group_block, order, blocks, count};
 }
 
-// Columns col0 .. col0 + n - 1 of a block's tokens: where they lie, or converted into scratch (rows * n elements).
+// Columns col0 .. col0 + n - 1 of a block's tokens: where they lie, or converted into scratch (rows * n
+// elements).
 template <class T>
 Tile<T> view_columns(const Plan& plan, const Block& block, DType dtype, const void* base, int64_t row_stride,
                      int64_t col0, int64_t n, T* scratch) {
@@ -128,9 +133,22 @@ Tile<T> view_columns(const Plan& plan, const Block& block, DType dtype, const vo
   return {scratch, n};
 }
 
+// The columns j .. j + kLanes of a row that ends at `end`; lanes past the end read zero.
+template <class T>
+Vec<T> load_columns(const T* row, int64_t j, int64_t end) {
+  return j + kLanes<T> <= end ? load(row + j) : load_first(row + j, end - j);
+}
+
+template <class T>
+const T* zeros(int64_t n, Scratch& scratch) {
+  T* const row = scratch.take<T>(n);
+  __builtin_memset(row, 0, static_cast<size_t>(n) * sizeof(T));
+  return row;
+}
+
 // ---- the two factors ----
 
-// A (k, n) matrix per adapter, as an operand of a product: element (i, j) at i * row_stride + j * col_stride.
+// A (k, n) matrix per adapter: element (i, j) at i * row_stride + j * col_stride, one of the strides being 1.
 struct Factor {
   DType dtype;
   const void* data;
@@ -141,106 +159,94 @@ struct Factor {
   }
 };
 
-// A rank of half a vector or less: sums over vectors of the wide side waste no lanes, sums over a broadcast would.
+// The factor (wide side, rank) of the product that makes the middle.
 template <class T>
-constexpr bool by_dots(int64_t rank) {
-  return 2 * rank <= kLanes<T>;
-}
+struct Deep {
+  Factor factor;
+  T** packed;  // for each group; null where the factor is read as it lies
 
-// The factors of each group as a product wants them, `deep` (wide side, rank) and `wide` (rank, wide side); null where
-// a factor is read as it lies. `deep` is packed in steps of kDepth, or is its transpose by rows where by_dots.
-template <class T>
-struct Packed {
-  T** deep;
-  T** wide;
+  // A rank of half a vector or less: broadcasting the rows would leave the other lanes idle, so the sums run
+  // over vectors of the wide side, and what is packed is the transpose by rows.
+  bool by_dots() const { return 2 * factor.n <= kLanes<T>; }
+  bool lies_right() const { return by_dots() && factor.row_stride == 1 && factor.dtype == dtype_of<T>(); }
+  int64_t packed_size() const { return panel_size<T>(factor.k, factor.n); }
+
+  // Columns of the wide side that are summed over in one step.
+  int64_t step(int64_t group) const {
+    return by_dots() || (packed[group] == nullptr && factor.row_stride == 1) ? kDotDepth : kDepth;
+  }
+
+  // Rows begin .. end - 1 of the wide side; begin is a multiple of kDepth.
+  void pack(int64_t group, int64_t begin, int64_t end) const {
+    T* const to = packed[group];
+    if (by_dots()) {
+      for (int64_t j = 0; j < factor.n; ++j) {
+        load_row(factor.dtype, factor.element(group, begin, j), 0, end - begin, to + j * factor.k + begin,
+                 factor.row_stride);
+      }
+      return;
+    }
+    for (int64_t i = begin; i < end; i += kDepth) {
+      pack_panels(factor.dtype, factor.element(group, i, 0), factor.row_stride, factor.col_stride,
+                  minimum(kDepth, end - i), factor.n, to + i * padded<T>(factor.n));
+    }
+  }
+
+  // middle (rows, rank) = view * factor; view(i, depth, scratch) is the block's columns i .. i + depth - 1,
+  // if need be in scratch (rows * depth elements).
+  template <class View>
+  void multiply(const Block& block, const View& view, T* middle, int64_t middle_stride) const {
+    const int64_t group = block.group, depth_step = step(group);
+    const T* const from = packed[group];
+    Scratch local;
+    T* const scratch = local.take<T>(block.rows * depth_step);
+    for (int64_t i = 0; i < factor.k; i += depth_step) {
+      const int64_t depth = minimum(depth_step, factor.k - i);
+      const Mode mode = i == 0 ? Mode::overwrite : Mode::accumulate;
+      const Tile<T> tile = view(i, depth, scratch);
+      if (from != nullptr && !by_dots()) {
+        gemm(block.rows, factor.n, depth, tile.data, tile.row_stride, 1, from + i * padded<T>(factor.n),
+             middle, middle_stride, mode);
+      } else if (from != nullptr) {
+        dot_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, dtype_of<T>(), from + i, factor.k,
+                 middle, middle_stride, mode);
+      } else if (factor.row_stride == 1) {
+        dot_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, factor.dtype,
+                 factor.element(group, i, 0), factor.col_stride, middle, middle_stride, mode);
+      } else {
+        combine_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, factor.dtype,
+                     factor.element(group, i, 0), factor.row_stride, middle, middle_stride, mode);
+      }
+    }
+  }
 };
 
+// The factor (rank, wide side) of the product that the middle goes into.
 template <class T>
-void pack_deep(const Factor& deep, int64_t adapter, int64_t begin, int64_t end, T* to) {
-  if (by_dots<T>(deep.n)) {
-    for (int64_t j = 0; j < deep.n; ++j) {
-      load_row(deep.dtype, deep.element(adapter, begin, j), 0, end - begin, to + j * deep.k + begin,
-               deep.row_stride);
+struct Wide {
+  Factor factor;
+  // The wide side's bias as one more row, which a column of ones in the middle adds while the sums are still
+  // in registers; null for none.
+  const T* bias;
+
+  int64_t depth() const { return factor.k + (bias != nullptr ? 1 : 0); }
+  int64_t packed_size(int64_t columns) const { return panel_size<T>(depth(), columns); }
+
+  // Columns begin .. end - 1, begin a multiple of kColumns. Those from begin + c on, c likewise, are then at
+  // panels + c * depth().
+  void pack(int64_t group, int64_t begin, int64_t end, T* panels) const {
+    const int64_t width = bias == nullptr ? end - begin : kPanelColumns<T>;
+    for (int64_t j = begin; j < end; j += width) {
+      const int64_t n = minimum(width, end - j);
+      T* const panel = panels + (j - begin) * depth();
+      pack_panels(factor.dtype, factor.element(group, 0, j), factor.row_stride, factor.col_stride, factor.k,
+                  n, panel);
+      if (bias == nullptr) continue;
+      T* const last = panel + factor.k * padded<T>(n);
+      for (int64_t c = 0; c < n; c += kLanes<T>) store(last + c, load_columns(bias, j + c, j + n));
     }
-    return;
   }
-  for (int64_t i = begin; i < end; i += kDepth) {
-    pack_panels(deep.dtype, deep.element(adapter, i, 0), deep.row_stride, deep.col_stride,
-                minimum(kDepth, end - i), deep.n, to + i * padded<T>(deep.n));
-  }
-}
-
-template <class T>
-Packed<T> pack_factors(const Plan& plan, const Factor& deep, const Factor& wide, Scratch& scratch) {
-  const int64_t adapters = plan.groups - 1;
-  const bool deep_lies_right = by_dots<T>(deep.n) && deep.row_stride == 1 && deep.dtype == dtype_of<T>();
-  Packed<T> packed{scratch.take<T*>(plan.groups), scratch.take<T*>(plan.groups)};
-  int64_t* const used = scratch.take<int64_t>(adapters);
-  int64_t count = 0;
-  for (int64_t group = 0; group < plan.groups; ++group) {
-    packed.deep[group] = packed.wide[group] = nullptr;
-    if (group == adapters || plan.tokens(group) <= kFewRows) continue;
-    if (!deep_lies_right) packed.deep[group] = scratch.take<T>(panel_size<T>(deep.k, deep.n));
-    packed.wide[group] = scratch.take<T>(panel_size<T>(wide.k, wide.n));
-    used[count++] = group;
-  }
-  const int64_t deep_tasks = deep_lies_right ? 0 : ceil_div(deep.k, kPackColumns);
-  const int64_t each = deep_tasks + ceil_div(wide.n, kPackColumns);
-  run(count * each, count * deep.n * (deep.k + wide.n), [&](int64_t task) {
-    const int64_t group = used[task / each], part = task % each;
-    if (part < deep_tasks) {
-      const int64_t begin = part * kPackColumns;
-      pack_deep(deep, group, begin, minimum(begin + kPackColumns, deep.k), packed.deep[group]);
-    } else {
-      const int64_t j = (part - deep_tasks) * kPackColumns;
-      pack_panels(wide.dtype, wide.element(group, 0, j), wide.row_stride, wide.col_stride, wide.k,
-                  minimum(kPackColumns, wide.n - j), packed.wide[group] + j * wide.k);
-    }
-  });
-  return packed;
-}
-
-// How many columns of the wide side into_middle sums over at a time.
-template <class T>
-int64_t depth_step(const Factor& deep, const T* packed) {
-  if (by_dots<T>(deep.n) || (packed == nullptr && deep.row_stride == 1)) return kDotDepth;
-  return kDepth;
-}
-
-// middle (rows, rank) += view (rows, depth) deep[i .. i + depth, :], or = for i == 0.
-template <class T>
-void into_middle(const Factor& deep, const T* packed, int64_t adapter, int64_t rows, Tile<T> view, int64_t i,
-                 int64_t depth, T* middle, int64_t middle_stride) {
-  const Mode mode = i == 0 ? Mode::overwrite : Mode::accumulate;
-  if (packed != nullptr && by_dots<T>(deep.n)) {
-    dot_rows(rows, deep.n, depth, view.data, view.row_stride, dtype_of<T>(), packed + i, deep.k, middle,
-             middle_stride, mode);
-  } else if (packed != nullptr) {
-    gemm(rows, deep.n, depth, view.data, view.row_stride, 1, packed + i * padded<T>(deep.n), middle,
-         middle_stride, mode);
-  } else if (deep.row_stride == 1) {
-    dot_rows(rows, deep.n, depth, view.data, view.row_stride, deep.dtype, deep.element(adapter, i, 0),
-             deep.col_stride, middle, middle_stride, mode);
-  } else {
-    combine_rows(rows, deep.n, depth, view.data, view.row_stride, deep.dtype, deep.element(adapter, i, 0),
-                 deep.row_stride, middle, middle_stride, mode);
-  }
-}
-
-// result (rows, n) (+)= middle (rows, rank) wide[:, j .. j + n], n <= kColumns. `scratch` is for rank * kColumns.
-template <class T>
-void out_of_middle(const Factor& wide, const T* packed, int64_t adapter, int64_t rows, const T* middle,
-                   int64_t middle_stride, int64_t j, int64_t n, T* result, int64_t result_stride, Mode mode,
-                   T* scratch) {
-  const T* panels = scratch;
-  if (packed != nullptr) {
-    panels = packed + j * wide.k;
-  } else {
-    pack_panels(wide.dtype, wide.element(adapter, 0, j), wide.row_stride, wide.col_stride, wide.k, n,
-                scratch);
-  }
-  gemm(rows, n, wide.k, middle, middle_stride, 1, panels, result, result_stride, mode);
-}
+};
 
 template <class T>
 void scale_rows(int64_t rows, int64_t stride, T scale, T* values) {
@@ -255,20 +261,17 @@ class Forward {
   explicit Forward(const LowRankForward& parameters)
       : p(parameters),
         plan(make_plan(p.tokens, p.adapters, p.adapter_index, scratch)),
-        down{p.param_dtype, p.a, p.in_features, p.rank, 1, p.in_features},
-        up{p.param_dtype, p.b, p.rank, p.out_features, 1, p.rank},
-        packed(pack_factors<T>(plan, down, up, scratch)),
-        middle_stride(padded<T>(p.rank)) {
-    if (p.bias != nullptr && !p.accumulate) {
-      bias = scratch.take<T>(p.out_features);
-      load_row(p.bias_dtype, p.bias, 0, p.out_features, bias);
-    }
-  }
+        down{{p.param_dtype, p.a, p.in_features, p.rank, 1, p.in_features}, scratch.take<T*>(plan.groups)},
+        up{{p.param_dtype, p.b, p.rank, p.out_features, 1, p.rank}, bias_row()},
+        up_packed(scratch.take<T*>(plan.groups)),
+        middle_stride(padded<T>(up.depth())) {}
 
   void run_all() {
+    pack();
     const int64_t work = p.tokens * p.rank * (p.in_features + p.out_features);
-    // Few blocks (a decode step): the columns of `out` are shared out too, so the middle has to wait in memory.
-    const int64_t splits = plan.count > 4 ? 1 : minimum(16 / plan.count, ceil_div(p.out_features, 512));
+    // Few blocks (a decode step): the columns of `out` are shared out too, so the middle has to wait in
+    // memory.
+    const int64_t splits = plan.count > 4 ? 1 : minimum(kSlices / plan.count, ceil_div(p.out_features, 512));
     if (splits == 1 || work < kSerialWork) {
       run(plan.count, work, [&](int64_t task) {
         Scratch local;
@@ -293,26 +296,53 @@ class Forward {
  private:
   bool has_adapter(const Block& block) const { return block.group < p.adapters; }
 
-  // middle = scale * dropout(x) A^T; hidden is stored without the scale.
-  void make_middle(const Block& block, T* middle) const {
-    if (!has_adapter(block)) {
-      __builtin_memset(middle, 0, static_cast<size_t>(block.rows * middle_stride) * sizeof(T));
-    } else {
-      Scratch local;
-      const T* const deep = packed.deep[block.group];
-      const int64_t step = depth_step(down, deep);
-      T* const columns = local.take<T>(block.rows * step);
-      for (int64_t k0 = 0; k0 < p.in_features; k0 += step) {
-        const int64_t depth = minimum(step, p.in_features - k0);
-        into_middle(down, deep, block.group, block.rows, input(block, k0, depth, columns), k0, depth, middle,
-                    middle_stride);
+  const T* bias_row() {
+    if (p.bias == nullptr || p.accumulate) return nullptr;
+    return view_row(p.bias_dtype, p.bias, 0, p.out_features, scratch.take<T>(p.out_features));
+  }
+
+  void pack() {
+    int64_t* const groups = scratch.take<int64_t>(p.adapters);
+    int64_t count = 0;
+    for (int64_t group = 0; group < plan.groups; ++group) {
+      down.packed[group] = up_packed[group] = nullptr;
+      if (group == p.adapters || plan.tokens(group) <= kFewRows) continue;
+      if (!down.lies_right()) down.packed[group] = scratch.take<T>(down.packed_size());
+      up_packed[group] = scratch.take<T>(up.packed_size(p.out_features));
+      groups[count++] = group;
+    }
+    const int64_t down_tasks = down.lies_right() ? 0 : ceil_div(p.in_features, kPackColumns);
+    const int64_t each = down_tasks + ceil_div(p.out_features, kPackColumns);
+    run(count * each, count * p.rank * (p.in_features + p.out_features), [&](int64_t task) {
+      const int64_t group = groups[task / each], part = task % each;
+      if (part < down_tasks) {
+        const int64_t begin = part * kPackColumns;
+        down.pack(group, begin, minimum(begin + kPackColumns, p.in_features));
+      } else {
+        const int64_t begin = (part - down_tasks) * kPackColumns;
+        up.pack(group, begin, minimum(begin + kPackColumns, p.out_features),
+                up_packed[group] + begin * up.depth());
       }
+    });
+  }
+
+  // middle = scale * dropout(x) A^T, and a column of ones for the bias; hidden is stored without the scale.
+  void make_middle(const Block& block, T* middle) const {
+    if (has_adapter(block)) {
+      const auto view = [&](int64_t i, int64_t depth, T* columns) { return input(block, i, depth, columns); };
+      down.multiply(block, view, middle, middle_stride);
     }
     for (int64_t i = 0; i < block.rows; ++i) {
+      T* const row = middle + i * middle_stride;
       T* const hidden = static_cast<T*>(p.hidden) + plan.token(block, i) * p.rank;
-      __builtin_memcpy(hidden, middle + i * middle_stride, static_cast<size_t>(p.rank) * sizeof(T));
+      if (has_adapter(block)) {
+        __builtin_memcpy(hidden, row, static_cast<size_t>(p.rank) * sizeof(T));
+        scale_rows(1, p.rank, static_cast<T>(p.scale), row);
+        if (up.bias != nullptr) row[p.rank] = T{1};
+      } else {
+        __builtin_memset(hidden, 0, static_cast<size_t>(p.rank) * sizeof(T));
+      }
     }
-    scale_rows(block.rows, middle_stride, static_cast<T>(p.scale), middle);
   }
 
   Tile<T> input(const Block& block, int64_t k0, int64_t depth, T* columns) const {
@@ -328,31 +358,29 @@ class Forward {
   }
 
   void write_out(const Block& block, const T* middle, int64_t begin, int64_t end) const {
+    if (!has_adapter(block)) return write_base(block, begin, end);
     Scratch local;
     T* const tile = local.take<T>(block.rows * kColumns);
-    T* const panels = local.take<T>(panel_size<T>(p.rank, kColumns));
-    // Sums may go straight to out where it holds them as they are and nothing but them is added.
-    const bool adds_only = p.out_dtype == dtype_of<T>() && has_adapter(block) &&
-                           (p.accumulate || bias == nullptr) && plan.contiguous(block);
-    T* const out = adds_only ? static_cast<T*>(p.out) + plan.token(block, 0) * p.out_row_stride : nullptr;
+    T* const panels = local.take<T>(up.packed_size(kColumns));
+    // Where out holds the sums as they are, they go straight there.
+    const bool holds_sums = p.out_dtype == dtype_of<T>() && plan.contiguous(block);
     for (int64_t j = begin; j < end; j += kColumns) {
       const int64_t n = minimum(kColumns, end - j);
-      const bool straight = adds_only && n % kLanes<T> == 0;
-      T* const result = straight ? out + j : tile;
-      const int64_t result_stride = straight ? p.out_row_stride : kColumns;
-      const Mode mode = straight && p.accumulate ? Mode::accumulate : Mode::overwrite;
-      if (has_adapter(block)) {
-        out_of_middle(up, packed.wide[block.group], block.group, block.rows, middle, middle_stride, j, n,
-                      result, result_stride, mode, panels);
+      const T* const from = up_packed[block.group];
+      if (from == nullptr) up.pack(block.group, j, j + n, panels);
+      const T* const b = from != nullptr ? from + j * up.depth() : panels;
+      if (holds_sums && n % kLanes<T> == 0) {
+        T* const out = static_cast<T*>(p.out) + plan.token(block, 0) * p.out_row_stride + j;
+        gemm(block.rows, n, up.depth(), middle, middle_stride, 1, b, out, p.out_row_stride,
+             p.accumulate ? Mode::accumulate : Mode::overwrite);
       } else {
-        if (p.accumulate) return;
-        __builtin_memset(tile, 0, static_cast<size_t>(block.rows * kColumns) * sizeof(T));
+        gemm(block.rows, n, up.depth(), middle, middle_stride, 1, b, tile, kColumns, Mode::overwrite);
+        store_tile(block, tile, j, n);
       }
-      if (!straight) store_tile(block, tile, j, n);
     }
   }
 
-  // out (+)= tile, or tile + bias, for columns j .. j + n - 1.
+  // out (+)= tile, for columns j .. j + n - 1.
   void store_tile(const Block& block, const T* tile, int64_t j, int64_t n) const {
     visit_storage(p.out_dtype, [&](auto storage) {
       using Storage = decltype(storage);
@@ -362,27 +390,32 @@ class Forward {
         const T* const row = tile + i * kColumns;
         int64_t c = 0;
         for (; c + N <= n; c += N) {
-          Vec<T> sum = load(row + c);
-          if (bias != nullptr) sum += load(bias + j + c);
-          if (p.accumulate) sum += load_as<T>(out + c);
-          store_as<T>(out + c, sum);
+          store_as<T>(out + c, p.accumulate ? load_as<T>(out + c) + load(row + c) : load(row + c));
         }
         if (c == n) continue;
-        Vec<T> sum = load_first(row + c, n - c);
-        if (bias != nullptr) sum += load_first(bias + j + c, n - c);
-        if (p.accumulate) sum += load_first_as<T>(out + c, n - c);
-        store_first_as<T>(out + c, sum, n - c);
+        const Vec<T> sum = load(row + c);
+        store_first_as<T>(out + c, p.accumulate ? load_first_as<T>(out + c, n - c) + sum : sum, n - c);
       }
     });
+  }
+
+  // Rows without an adapter: out = bias, or stays what it was.
+  void write_base(const Block& block, int64_t begin, int64_t end) const {
+    if (p.accumulate) return;
+    Scratch local;
+    const T* row = up.bias != nullptr ? up.bias + begin : zeros<T>(end - begin, local);
+    for (int64_t i = 0; i < block.rows; ++i) {
+      store_row(p.out_dtype, row, end - begin, p.out, plan.token(block, i) * p.out_row_stride + begin);
+    }
   }
 
   Scratch scratch;
   const LowRankForward& p;
   const Plan plan;
-  const Factor down, up;  // A^T (in_features, rank) and B^T (rank, out_features)
-  const Packed<T> packed;
+  const Deep<T> down;  // A^T (in_features, rank)
+  const Wide<T> up;    // B^T (rank, out_features)
+  T** const up_packed;
   const int64_t middle_stride;
-  T* bias = nullptr;
 };
 
 // ---- backward ----
@@ -393,154 +426,128 @@ class Backward {
   explicit Backward(const LowRankBackward& parameters)
       : p(parameters),
         plan(make_plan(p.tokens, p.adapters, p.adapter_index, scratch)),
-        up{p.param_dtype, p.b, p.out_features, p.rank, p.rank, 1},
-        down{p.param_dtype, p.a, p.rank, p.in_features, p.in_features, 1},
-        middle_stride(padded<T>(p.rank)),
-        in_stride(padded<T>(p.in_features)),
-        out_stride(padded<T>(p.out_features)) {}
+        up{{p.param_dtype, p.b, p.out_features, p.rank, p.rank, 1}, scratch.take<T*>(plan.groups)},
+        down{{p.param_dtype, p.a, p.rank, p.in_features, p.in_features, 1}, nullptr},
+        middle_stride(padded<T>(p.rank)) {}
 
   void run_all() {
-    if (p.dx != nullptr || p.da != nullptr) packed = pack_factors<T>(plan, up, down, scratch);
-    make_chunks();
-    const int64_t work = p.tokens * p.rank * (p.in_features + p.out_features);
-    run(chunk_count, 2 * work, [&](int64_t chunk) {
-      for (int64_t i = chunks[chunk].begin; i < chunks[chunk].end; ++i) {
-        take_block(plan.blocks[i], chunks[chunk],
-                   i == chunks[chunk].begin ? Mode::overwrite : Mode::accumulate);
+    if (p.dx != nullptr || p.da != nullptr) make_middle();
+    const int64_t in_width = slice_width(p.in_features), out_width = slice_width(p.out_features);
+    const int64_t in_tasks = p.dx != nullptr || p.da != nullptr ? ceil_div(p.in_features, in_width) : 0;
+    const int64_t out_tasks = p.db != nullptr || p.dbias != nullptr ? ceil_div(p.out_features, out_width) : 0;
+    const int64_t tasks = in_tasks + out_tasks;
+    run(tasks, 2 * p.tokens * p.rank * (p.in_features + p.out_features), [&](int64_t task) {
+      // The two kinds, which cost differently, alternate: a thread is given neighbouring tasks.
+      const int64_t in_before = task * in_tasks / tasks;
+      if ((task + 1) * in_tasks / tasks > in_before) {
+        const int64_t begin = in_before * in_width;
+        take_in_slice(begin, minimum(begin + in_width, p.in_features));
+      } else {
+        const int64_t begin = (task - in_before) * out_width;
+        take_out_slice(begin, minimum(begin + out_width, p.out_features));
       }
     });
-    add_partials();
   }
 
  private:
-  // Blocks begin .. end - 1, of one group, and the sums over their tokens. Null: not wanted.
-  struct Chunk {
-    int64_t begin, end;
-    T* da;     // (rank, in_stride)
-    T* db;     // (rank, out_stride): dB^T, without the scale
-    T* dbias;  // (out_stride)
-  };
+  static int64_t slice_width(int64_t features) {
+    return minimum(kWidestSlice, round_up(ceil_div(features, kSlices), kColumns));
+  }
+  const Block* first_block(int64_t group) const { return plan.blocks + plan.group_block[group]; }
+  const Block* last_block(int64_t group) const { return plan.blocks + plan.group_block[group + 1]; }
 
-  void make_chunks() {
-    const int64_t partial = (p.da != nullptr ? p.rank * in_stride : 0) +
-                            (p.db != nullptr ? p.rank * out_stride : 0) +
-                            (p.dbias != nullptr ? out_stride : 0);
-    const int64_t bytes = maximum<int64_t>(1, partial * static_cast<int64_t>(sizeof(T)));
-    const int64_t most = maximum<int64_t>(1, minimum(kPartials, kPartialBytes / bytes));
-    const int64_t each = partial == 0 ? 1 : maximum<int64_t>(1, ceil_div(plan.count, most));
-    chunks = scratch.take<Chunk>(ceil_div(plan.count, each) + plan.groups);
-    group_chunk = scratch.take<int64_t>(plan.groups + 1);
-    group_chunk[0] = 0;
+  // middle = scale * dy B, in the order of the plan.
+  void make_middle() {
+    int64_t* const groups = scratch.take<int64_t>(p.adapters);
+    int64_t count = 0;
     for (int64_t group = 0; group < plan.groups; ++group) {
-      const bool has_adapter = group < p.adapters;
-      for (int64_t i = plan.group_block[group]; i < plan.group_block[group + 1]; i += each) {
-        Chunk& chunk = chunks[chunk_count++];
-        chunk = {i, minimum(i + each, plan.group_block[group + 1]), nullptr, nullptr, nullptr};
-        if (p.da != nullptr && has_adapter) chunk.da = scratch.take<T>(p.rank * in_stride);
-        if (p.db != nullptr && has_adapter) chunk.db = scratch.take<T>(p.rank * out_stride);
-        if (p.dbias != nullptr) chunk.dbias = scratch.take<T>(out_stride);
+      up.packed[group] = nullptr;
+      if (group == p.adapters || plan.tokens(group) <= kFewRows || up.lies_right()) continue;
+      up.packed[group] = scratch.take<T>(up.packed_size());
+      groups[count++] = group;
+    }
+    const int64_t each = ceil_div(p.out_features, kPackColumns);
+    run(count * each, count * p.rank * p.out_features, [&](int64_t task) {
+      const int64_t begin = task % each * kPackColumns;
+      up.pack(groups[task / each], begin, minimum(begin + kPackColumns, p.out_features));
+    });
+    middle = scratch.take<T>(p.tokens * middle_stride);
+    run(plan.group_block[p.adapters], p.tokens * p.rank * p.out_features, [&](int64_t task) {
+      const Block& block = plan.blocks[task];
+      T* const rows = middle + block.first * middle_stride;
+      up.multiply(
+          block, [&](int64_t j, int64_t n, T* columns) { return view_grad_out(block, j, n, columns); }, rows,
+          middle_stride);
+      scale_rows(block.rows, middle_stride, static_cast<T>(p.scale), rows);
+    });
+  }
+
+  Tile<T> view_grad_out(const Block& block, int64_t j, int64_t n, T* columns) const {
+    return view_columns(plan, block, p.out_dtype, p.grad_out, p.grad_out_row_stride, j, n, columns);
+  }
+
+  // Columns begin .. end - 1 of dx and dA.
+  void take_in_slice(int64_t begin, int64_t end) const {
+    Scratch local;
+    const int64_t stride = padded<T>(end - begin);
+    T* const sums = p.da != nullptr ? local.take<T>(p.rank * stride) : nullptr;
+    T* const panels = p.dx != nullptr ? local.take<T>(down.packed_size(end - begin)) : nullptr;
+    for (int64_t group = 0; group < p.adapters; ++group) {
+      const Block *const first = first_block(group), *const last = last_block(group);
+      if (panels != nullptr && first < last) down.pack(group, begin, end, panels);
+      for (const Block* block = first; block < last; ++block) {
+        const Mode mode = block == first ? Mode::overwrite : Mode::accumulate;
+        for (int64_t j = begin; j < end; j += kColumns) {
+          const int64_t at_j = j - begin;
+          take_x(*block, j, minimum(kColumns, end - j), sums != nullptr ? sums + at_j : nullptr, stride, mode,
+                 panels != nullptr ? panels + at_j * down.depth() : nullptr);
+        }
       }
-      group_chunk[group + 1] = chunk_count;
+      if (sums == nullptr) continue;
+      if (first == last) __builtin_memset(sums, 0, static_cast<size_t>(p.rank * stride) * sizeof(T));
+      for (int64_t i = 0; i < p.rank; ++i) {
+        store_row(p.param_dtype, sums + i * stride, end - begin, p.da,
+                  (group * p.rank + i) * p.in_features + begin);
+      }
+    }
+    if (p.dx == nullptr || first_block(p.adapters) == last_block(p.adapters)) return;
+    const T* const row = zeros<T>(end - begin, local);
+    for (int64_t i = plan.group_first[p.adapters]; i < plan.group_first[p.adapters + 1]; ++i) {
+      store_row(p.x_dtype, row, end - begin, p.dx, plan.order[i] * p.in_features + begin);
     }
   }
 
-  void take_block(const Block& block, const Chunk& chunk, Mode mode) const {
+  // dx = mask * (middle A), dA (+)= middle^T (mask * x), for columns j .. j + n - 1 of x and a block of
+  // tokens.
+  void take_x(const Block& block, int64_t j, int64_t n, T* sums, int64_t sums_stride, Mode mode,
+              const T* a_panels) const {
     Scratch local;
-    const bool has_adapter = block.group < p.adapters;
-    const bool wants_middle = has_adapter && (p.dx != nullptr || p.da != nullptr);
-    T* const middle = local.take<T>(block.rows * middle_stride);
-    if (wants_middle || chunk.db != nullptr || chunk.dbias != nullptr) {
-      walk_grad_out(block, chunk, mode, wants_middle ? middle : nullptr);
-    }
-    if (wants_middle) {
-      scale_rows(block.rows, middle_stride, static_cast<T>(p.scale), middle);
-      walk_x(block, chunk, mode, middle);
-    } else if (p.dx != nullptr) {
-      T* const zeros = local.take<T>(p.in_features);
-      __builtin_memset(zeros, 0, static_cast<size_t>(p.in_features) * sizeof(T));
+    const T* const rows = middle + block.first * middle_stride;
+    T* const tile = local.take<T>(block.rows * kColumns);
+    T* mask = nullptr;
+    if (p.dropout.active()) {
+      mask = local.take<T>(block.rows * kColumns);
       for (int64_t i = 0; i < block.rows; ++i) {
-        store_row(p.x_dtype, zeros, p.in_features, p.dx, plan.token(block, i) * p.in_features);
+        dropout_multipliers(p.dropout, plan.token(block, i), j, n, mask + i * kColumns);
       }
     }
-  }
-
-  // middle = dy B, dB^T (+)= hidden^T dy, dbias (+)= the sum of dy.
-  void walk_grad_out(const Block& block, const Chunk& chunk, Mode mode, T* middle) const {
-    Scratch local;
-    const T* const deep = middle != nullptr ? packed.deep[block.group] : nullptr;
-    const int64_t step = middle != nullptr ? depth_step(up, deep) : kDotDepth;
-    T* const columns = local.take<T>(block.rows * step);
-    T* const panels = local.take<T>(panel_size<T>(block.rows, step));
-    Tile<T> hidden{};
-    if (chunk.db != nullptr) {
-      hidden = view_columns(plan, block, dtype_of<T>(), p.hidden, p.rank, 0, p.rank,
-                            local.take<T>(block.rows * p.rank));
+    if (sums != nullptr) {
+      T* const x_panels = local.take<T>(panel_size<T>(block.rows, kColumns));
+      const Tile<T> x = masked_input(block, j, n, mask, tile);
+      pack_panels(dtype_of<T>(), x.data, x.row_stride, 1, block.rows, n, x_panels);
+      gemm(p.rank, n, block.rows, rows, 1, middle_stride, x_panels, sums, sums_stride, mode);
     }
-    for (int64_t j = 0; j < p.out_features; j += step) {
-      const int64_t n = minimum(step, p.out_features - j);
-      const Tile<T> dy =
-          view_columns(plan, block, p.out_dtype, p.grad_out, p.grad_out_row_stride, j, n, columns);
-      if (middle != nullptr) {
-        into_middle(up, deep, block.group, block.rows, dy, j, n, middle, middle_stride);
-      }
-      if (chunk.db != nullptr) {
-        pack_panels(dtype_of<T>(), dy.data, dy.row_stride, 1, block.rows, n, panels);
-        gemm(p.rank, n, block.rows, hidden.data, 1, hidden.row_stride, panels, chunk.db + j, out_stride,
-             mode);
-      }
-      if (chunk.dbias != nullptr) sum_rows(block.rows, n, dy, chunk.dbias + j, mode);
+    if (a_panels == nullptr) return;
+    if (mask == nullptr && p.x_dtype == dtype_of<T>() && n % kLanes<T> == 0 && plan.contiguous(block)) {
+      T* const dx = static_cast<T*>(p.dx) + plan.token(block, 0) * p.in_features + j;
+      gemm(block.rows, n, p.rank, rows, middle_stride, 1, a_panels, dx, p.in_features, Mode::overwrite);
+      return;
     }
-  }
-
-  static void sum_rows(int64_t rows, int64_t n, Tile<T> values, T* sums, Mode mode) {
-    constexpr int64_t N = kLanes<T>, kChains = 4;  // as many additions under way, and short chains are exact
-    for (int64_t c = 0; c < n; c += N) {
-      const int64_t count = minimum(N, n - c);
-      const auto part = [&](int64_t i) {
-        const T* const from = values.row(i) + c;
-        return count == N ? load(from) : load_first(from, count);
-      };
-      Vec<T> chain[kChains] = {};
-      int64_t i = 0;
-      for (; i + kChains <= rows; i += kChains) {
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < kChains; ++k) chain[k] += part(i + k);
-      }
-      for (; i < rows; ++i) chain[0] += part(i);
-      const Vec<T> sum = (chain[0] + chain[1]) + (chain[2] + chain[3]);
-      store(sums + c, mode == Mode::overwrite ? sum : load(sums + c) + sum);
-    }
-  }
-
-  // dx = mask * (middle A), dA (+)= middle^T (mask * x).
-  void walk_x(const Block& block, const Chunk& chunk, Mode mode, const T* middle) const {
-    const int64_t rows = block.rows;
-    Scratch local;
-    T* const mask = p.dropout.active() ? local.take<T>(rows * kColumns) : nullptr;
-    T* const tile = local.take<T>(rows * kColumns);
-    T* const x_panels = local.take<T>(panel_size<T>(rows, kColumns));
-    T* const a_panels = local.take<T>(panel_size<T>(p.rank, kColumns));
-    for (int64_t j = 0; j < p.in_features; j += kColumns) {
-      const int64_t n = minimum(kColumns, p.in_features - j);
-      if (mask != nullptr) {
-        for (int64_t i = 0; i < rows; ++i) {
-          dropout_multipliers(p.dropout, plan.token(block, i), j, n, mask + i * kColumns);
-        }
-      }
-      if (chunk.da != nullptr) {
-        const Tile<T> x = masked_input(block, j, n, mask, tile);
-        pack_panels(dtype_of<T>(), x.data, x.row_stride, 1, rows, n, x_panels);
-        gemm(p.rank, n, rows, middle, 1, middle_stride, x_panels, chunk.da + j, in_stride, mode);
-      }
-      if (p.dx != nullptr) {
-        out_of_middle(down, packed.wide[block.group], block.group, rows, middle, middle_stride, j, n, tile,
-                      kColumns, Mode::overwrite, a_panels);
-        for (int64_t i = 0; i < rows; ++i) {
-          T* const row = tile + i * kColumns;
-          if (mask != nullptr) multiply_row(n, mask + i * kColumns, row);
-          store_row(p.x_dtype, row, n, p.dx, plan.token(block, i) * p.in_features + j);
-        }
-      }
+    gemm(block.rows, n, p.rank, rows, middle_stride, 1, a_panels, tile, kColumns, Mode::overwrite);
+    for (int64_t i = 0; i < block.rows; ++i) {
+      T* const row = tile + i * kColumns;
+      if (mask != nullptr) multiply_row(n, mask + i * kColumns, row);
+      store_row(p.x_dtype, row, n, p.dx, plan.token(block, i) * p.in_features + j);
     }
   }
 
@@ -559,68 +566,77 @@ class Backward {
     for (int64_t c = 0; c < n; c += kLanes<T>) store(values + c, load(values + c) * load(factors + c));
   }
 
-  // ---- the second step of the sums ----
-
-  void add_partials() const {
-    const int64_t in_tasks = p.da != nullptr ? ceil_div(p.in_features, kPackColumns) : 0;
-    const int64_t out_tasks = p.db != nullptr ? ceil_div(p.out_features, kPackColumns) : 0;
-    const int64_t each = in_tasks + out_tasks;
-    const int64_t chunks_each = ceil_div(chunk_count, p.adapters) + 1;
-    run(p.adapters * each, p.adapters * p.rank * (p.in_features + p.out_features) * chunks_each,
-        [&](int64_t task) {
-          const int64_t adapter = task / each, part = task % each;
-          if (part < in_tasks) {
-            add_da(adapter, part * kPackColumns, minimum((part + 1) * kPackColumns, p.in_features));
-          } else {
-            const int64_t j = (part - in_tasks) * kPackColumns;
-            add_db(adapter, j, minimum(j + kPackColumns, p.out_features));
-          }
-        });
-    if (p.dbias == nullptr) return;
+  // Rows begin .. end - 1 of dB and of dbias.
+  void take_out_slice(int64_t begin, int64_t end) const {
     Scratch local;
-    T* const sums = local.take<T>(out_stride);
-    add_rows(0, chunk_count, &Chunk::dbias, 0, p.out_features, sums);
-    store_row(p.bias_dtype, sums, p.out_features, p.dbias, 0);
-  }
-
-  // sums[0 .. n) = the sum over chunks begin .. end - 1 of the n partial sums from `offset` on; whole vectors.
-  void add_rows(int64_t begin, int64_t end, T* Chunk::* partial, int64_t offset, int64_t n, T* sums) const {
-    for (int64_t c = 0; c < n; c += kLanes<T>) {
-      Vec<T> sum{};
-      for (int64_t chunk = begin; chunk < end; ++chunk) sum += load(chunks[chunk].*partial + offset + c);
-      store(sums + c, sum);
+    const int64_t stride = padded<T>(end - begin);
+    T* const sums = p.db != nullptr ? local.take<T>(p.rank * stride) : nullptr;  // dB^T, without the scale
+    T* const bias_sums = p.dbias != nullptr ? local.take<T>(stride) : nullptr;
+    if (bias_sums != nullptr) __builtin_memset(bias_sums, 0, static_cast<size_t>(stride) * sizeof(T));
+    for (int64_t group = 0; group < plan.groups; ++group) {
+      const Block *const first = first_block(group), *const last = last_block(group);
+      T* const db = group < p.adapters ? sums : nullptr;
+      for (const Block* block = first; block < last; ++block) {
+        const Mode mode = block == first ? Mode::overwrite : Mode::accumulate;
+        take_grad_out(*block, begin, end, db, bias_sums, stride, mode);
+      }
+      if (db == nullptr) continue;
+      if (first == last) __builtin_memset(db, 0, static_cast<size_t>(p.rank * stride) * sizeof(T));
+      scale_rows(p.rank, stride, static_cast<T>(p.scale), db);
+      store_db(group, begin, end, db, stride);
     }
+    if (p.dbias != nullptr) store_row(p.bias_dtype, bias_sums, end - begin, p.dbias, begin);
   }
 
-  void add_da(int64_t adapter, int64_t begin, int64_t end) const {
+  // dB^T (+)= hidden^T dy and dbias += the sum of dy, for columns begin .. end - 1 of dy and a block of
+  // tokens.
+  void take_grad_out(const Block& block, int64_t begin, int64_t end, T* db, T* dbias, int64_t stride,
+                     Mode mode) const {
     Scratch local;
-    T* const sums = local.take<T>(padded<T>(end - begin));
-    for (int64_t i = 0; i < p.rank; ++i) {
-      add_rows(group_chunk[adapter], group_chunk[adapter + 1], &Chunk::da, i * in_stride + begin, end - begin,
-               sums);
-      store_row(p.param_dtype, sums, end - begin, p.da, (adapter * p.rank + i) * p.in_features + begin);
+    T* const columns = local.take<T>(block.rows * kColumns);
+    T* const panels = local.take<T>(panel_size<T>(block.rows, kColumns));
+    Tile<T> hidden{};
+    if (db != nullptr) {
+      T* const gathered = local.take<T>(block.rows * p.rank);
+      hidden = view_columns(plan, block, dtype_of<T>(), p.hidden, p.rank, 0, p.rank, gathered);
     }
-  }
-
-  void add_db(int64_t adapter, int64_t begin, int64_t end) const {
-    Scratch local;
-    T* const sums = local.take<T>(p.rank * kColumns);
-    T* const rows = local.take<T>(panel_size<T>(kColumns, p.rank));
     for (int64_t j = begin; j < end; j += kColumns) {
       const int64_t n = minimum(kColumns, end - j);
-      for (int64_t i = 0; i < p.rank; ++i) {
-        add_rows(group_chunk[adapter], group_chunk[adapter + 1], &Chunk::db, i * out_stride + j, n,
-                 sums + i * kColumns);
+      const Tile<T> dy = view_grad_out(block, j, n, columns);
+      if (db != nullptr) {
+        pack_panels(dtype_of<T>(), dy.data, dy.row_stride, 1, block.rows, n, panels);
+        gemm(p.rank, n, block.rows, hidden.data, 1, hidden.row_stride, panels, db + (j - begin), stride,
+             mode);
       }
-      scale_rows(p.rank, kColumns, static_cast<T>(p.scale), sums);
-      // from (rank, n) to the (n, rank) of dB: packing is transposing, in panels of so many columns
-      pack_panels(dtype_of<T>(), sums, 1, kColumns, n, p.rank, rows);
-      for (int64_t panel = 0; panel < p.rank; panel += kPanelColumns<T>) {
-        const int64_t width = minimum(kPanelColumns<T>, p.rank - panel);
-        for (int64_t c = 0; c < n; ++c) {
-          store_row(p.param_dtype, rows + panel * n + c * padded<T>(width), width, p.db,
-                    (adapter * p.out_features + j + c) * p.rank + panel);
-        }
+      if (dbias != nullptr) add_rows(block.rows, n, dy, dbias + (j - begin));
+    }
+  }
+
+  static void add_rows(int64_t rows, int64_t n, Tile<T> values, T* sums) {
+    constexpr int64_t kChains = 4;  // as many additions under way, and short chains are exact
+    for (int64_t c = 0; c < n; c += kLanes<T>) {
+      Vec<T> chain[kChains] = {};
+      int64_t i = 0;
+      for (; i + kChains <= rows; i += kChains) {
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < kChains; ++k) chain[k] += load_columns(values.row(i + k), c, n);
+      }
+      for (; i < rows; ++i) chain[0] += load_columns(values.row(i), c, n);
+      store(sums + c, load(sums + c) + ((chain[0] + chain[1]) + (chain[2] + chain[3])));
+    }
+  }
+
+  // From the (rank, n) sums to the (n, rank) of dB: packing is transposing, in panels of so many columns.
+  void store_db(int64_t group, int64_t begin, int64_t end, const T* sums, int64_t stride) const {
+    Scratch local;
+    const int64_t n = end - begin;
+    T* const panels = local.take<T>(panel_size<T>(n, p.rank));
+    pack_panels(dtype_of<T>(), sums, 1, stride, n, p.rank, panels);
+    for (int64_t j = 0; j < p.rank; j += kPanelColumns<T>) {
+      const int64_t width = minimum(kPanelColumns<T>, p.rank - j);
+      for (int64_t c = 0; c < n; ++c) {
+        store_row(p.param_dtype, panels + j * n + c * padded<T>(width), width, p.db,
+                  (group * p.out_features + begin + c) * p.rank + j);
       }
     }
   }
@@ -628,12 +644,10 @@ class Backward {
   Scratch scratch;
   const LowRankBackward& p;
   const Plan plan;
-  const Factor up, down;  // B (out_features, rank) and A (rank, in_features)
-  const int64_t middle_stride, in_stride, out_stride;
-  Packed<T> packed{};
-  Chunk* chunks = nullptr;
-  int64_t* group_chunk = nullptr;  // (groups + 1): where a group's chunks start in `chunks`
-  int64_t chunk_count = 0;
+  const Deep<T> up;    // B (out_features, rank)
+  const Wide<T> down;  // A (rank, in_features)
+  const int64_t middle_stride;
+  T* middle = nullptr;
 };
 
 void forward(const LowRankForward& p) {

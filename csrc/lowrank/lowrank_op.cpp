@@ -1,5 +1,5 @@
-// lwft::low_rank_linear_*, lora_linear_* and lora_delta_*: tensors to LowRankForward / LowRankBackward, and the product
-// with the frozen weight, which is the vendor's.
+// lwft::low_rank_linear_*, lora_linear_* and lora_delta_*: tensors to LowRankForward / LowRankBackward, and
+// the product with the frozen weight, which is the vendor's.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "common/cpu/dispatch.h"
@@ -28,7 +28,8 @@ struct Factors {
   }
 };
 
-// A wrong index would read past the stacked adapters. The kernel walks the indices anyway, so this costs nothing.
+// A wrong index would read past the stacked adapters. The kernel walks the indices anyway, so this costs
+// nothing.
 template <class Parameters>
 void set_adapter_index(Parameters& p, const MaybeTensor& adapter_index) {
   p.adapter_index = adapter_index ? static_cast<const int64_t*>(data(*adapter_index)) : nullptr;
@@ -242,21 +243,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
       "low_rank_linear_forward(Tensor x, Tensor down_weight, Tensor up_weight, Tensor? bias) "
       "-> (Tensor out, Tensor hidden)");
   m.def(
-      "low_rank_linear_backward(Tensor grad_out, Tensor x, Tensor down_weight, Tensor up_weight, Tensor hidden, "
-      "int needs) -> (Tensor dx, Tensor ddown_weight, Tensor dup_weight, Tensor dbias)");
+      "low_rank_linear_backward(Tensor grad_out, Tensor x, Tensor down_weight, Tensor up_weight, "
+      "Tensor hidden, int needs) -> (Tensor dx, Tensor ddown_weight, Tensor dup_weight, Tensor dbias)");
   m.def(
       "lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, "
       "Tensor? adapter_index, Tensor? seed, float scale, float dropout_p) -> (Tensor out, Tensor hidden)");
   m.def(
-      "lora_linear_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor hidden, "
-      "Tensor? adapter_index, Tensor? seed, float scale, float dropout_p, int needs) "
+      "lora_linear_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
+      "Tensor hidden, Tensor? adapter_index, Tensor? seed, float scale, float dropout_p, int needs) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dlora_a, Tensor dlora_b)");
   m.def(
       "lora_delta_forward(Tensor base_out, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? adapter_index, "
       "Tensor? seed, float scale, float dropout_p) -> (Tensor out, Tensor hidden)");
   m.def(
-      "lora_delta_forward_(Tensor(a!) base_out, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? adapter_index, "
-      "Tensor? seed, float scale, float dropout_p) -> Tensor hidden");
+      "lora_delta_forward_(Tensor(a!) base_out, Tensor x, Tensor lora_a, Tensor lora_b, "
+      "Tensor? adapter_index, Tensor? seed, float scale, float dropout_p) -> Tensor hidden");
   m.def(
       "lora_delta_backward(Tensor grad_out, Tensor x, Tensor lora_a, Tensor lora_b, Tensor hidden, "
       "Tensor? adapter_index, Tensor? seed, float scale, float dropout_p, int needs) "

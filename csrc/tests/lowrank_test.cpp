@@ -1,4 +1,4 @@
-// The low-rank product against plain loops in double, on every level, under whatever sanitizer this is built with.
+// The low-rank product against plain loops in double, on every level, under whatever sanitizer there is.
 #include "tests/check.h"
 
 namespace {
