@@ -26,6 +26,14 @@ def _results(needs: int, *likes: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor
     )
 
 
+def _backward_op(name: str, *args: Any) -> Any:
+    op = getattr(torch.ops.lwft, name).default
+    if torch.is_grad_enabled():  # create_graph=True, which the formula of the op itself refuses
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def _hidden(x: Tensor, down: Tensor) -> Tensor:
     """(T, r), not rounded to 16 bits."""
     return down.new_empty(x.shape[0], down.shape[-2], dtype=torch.promote_types(down.dtype, torch.float32))
@@ -62,7 +70,7 @@ def _low_rank_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tens
         return (None,) * 4
     x, down_weight, up_weight, hidden = ctx.saved_tensors
     needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3))
-    results = torch.ops.lwft.low_rank_linear_backward(grad_out, x, down_weight, up_weight, hidden, needs)
+    results = _backward_op("low_rank_linear_backward", grad_out, x, down_weight, up_weight, hidden, needs)
     return tuple(gradients(results, needs))
 
 
@@ -124,8 +132,8 @@ def _lora_linear_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[T
     if grad_out is None:
         return (None,) * 9
     needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3, 4))
-    results = torch.ops.lwft.lora_linear_backward(
-        grad_out, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs
+    results = _backward_op(
+        "lora_linear_backward", grad_out, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs
     )
     return (*gradients(results, needs), None, None, None, None)
 
@@ -180,7 +188,7 @@ def _lora_delta_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Te
         return (None,) * 8
     needs = wanted(ctx.needs_input_grad, (1, 2, 3))
     rows = grad_out.reshape(-1, grad_out.shape[-1])  # in place, base_out came with all its leading dimensions
-    results = torch.ops.lwft.lora_delta_backward(rows, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs)
+    results = _backward_op("lora_delta_backward", rows, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs)
     return (grad_out, *gradients(results, needs), None, None, None, None)
 
 
@@ -198,13 +206,19 @@ if backend.library_error is None:
     )
 
 
+def _write_rows(base_out: Tensor, *rest: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        rows = base_out if base_out.dim() == 2 else base_out.view(-1, base_out.shape[-1])
+        hidden: Tensor = torch.ops.lwft.lora_delta_forward_.default(rows, *rest)
+    return hidden
+
+
 class _LoraDeltaInPlace(torch.autograd.Function):
     """`lora_delta` that writes into base_out, for eager: torch.compile takes the functional op and a copy."""
 
     @staticmethod
     def forward(ctx: Any, base_out: Tensor, *rest: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            hidden = torch.ops.lwft.lora_delta_forward_(base_out.view(-1, base_out.shape[-1]), *rest)
+        hidden = _write_rows(base_out, *rest)
         ctx.mark_dirty(base_out)
         ctx.set_materialize_grads(False)
         _lora_delta_setup_context(ctx, (base_out, *rest), (base_out, hidden))
@@ -217,5 +231,11 @@ class _LoraDeltaInPlace(torch.autograd.Function):
 
 def lora_delta_(base_out: Tensor, *rest: Any) -> Tensor:
     """As `lora_delta`, into base_out (..., d_out), whose leading dimensions collapse without a copy."""
-    out: Tensor = _LoraDeltaInPlace.apply(base_out, *rest)
+    if not torch.is_grad_enabled():
+        _write_rows(base_out, *rest)
+        if not base_out.is_inference():
+            torch.autograd.graph.increment_version(base_out)
+        return base_out
+    # the C function, as in registration.register: functorch's tensors do not come here
+    out: Tensor = super(torch.autograd.Function, _LoraDeltaInPlace).apply(base_out, *rest)
     return out

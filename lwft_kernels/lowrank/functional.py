@@ -107,7 +107,7 @@ def lora_linear(
         bias = None if bias is None else _autocast(bias, dtype)
         lora_a, lora_b = _autocast_adapter(lora_a, dtype), _autocast_adapter(lora_b, dtype)
     d_in = x.shape[-1]
-    checks.shape(op, "weight", weight, (None, d_in), "(d_out, d_in)")
+    checks.shape(op, "weight", weight, (*_leading(weight, 1), d_in), "(d_out, d_in)")
     d_out = weight.shape[0]
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
@@ -158,7 +158,7 @@ def lora_delta_(
         float16: each is read, and its gradient written, as it is. So autocast has nothing to cast here.
 
     Returns:
-        `base_out`.
+        `base_out`, or a view of the same memory and shape.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
@@ -170,9 +170,9 @@ def lora_delta_(
     checks.floating(op, "lora_a", lora_a)
     checks.floating(op, "lora_b", lora_b)
     checks.at_least_dims(op, "base_out", base_out, 1, "(..., d_out)")
-    checks.shape(op, "base_out", base_out, (*x.shape[:-1], None), "the leading shape of x and d_out")
-    checks.same_device(op, "base_out", base_out, "x", x)
     d_out = base_out.shape[-1]
+    checks.shape(op, "base_out", base_out, (*x.shape[:-1], d_out), "the leading shape of x and d_out")
+    checks.same_device(op, "base_out", base_out, "x", x)
     if d_out == 0:
         raise ValueError(f"{op}: the last dimension of base_out is empty; there is nothing to add to")
     _check_factors(op, ("lora_a", lora_a), ("lora_b", lora_b), x, d_out, stacked=adapter_index is not None)
@@ -193,11 +193,16 @@ def lora_delta_(
         delta = reference.lora_delta(rows, lora_a, lora_b, index, scale=scale, dropout_p=dropout_p, seed=seed)
         return base_out.add_(delta.view(base_out.shape))
     rest = (rows, lora_a, lora_b, index, seed, scale, dropout_p)
-    # torch.compile differentiates no op that writes into an argument; torch.func is refused in autograd.lora_delta
+    # torch.compile differentiates no op that writes into an argument; autograd.lora_delta refuses torch.func.
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if traced or not _is_rows(base_out):
         out = autograd.lora_delta(base_out.reshape(-1, d_out), *rest)[0]
         return base_out.copy_(out.view(base_out.shape))
+    whole = base_out._base
+    if whole is not None and whole.shape[-1:] == (d_out,) and whole.numel() == base_out.numel():
+        # A linear layer's result for (B, S, d_in) is a view of its (B S, d_out) product. Written through the
+        # view, autograd would copy the gradient three times; written as a whole, not once.
+        return autograd.lora_delta_(whole, *rest).view(base_out.shape)
     return autograd.lora_delta_(base_out, *rest)
 
 
@@ -224,8 +229,8 @@ def _check_factors(
     (down_name, a), (up_name, b) = down, up
     if a.dim() == 3 and not stacked and down_name == "lora_a":
         raise ValueError(f"{op}: {down_name} is stacked {tuple(a.shape)}: pass adapter_index, or one of them")
-    leading, words = ((None,), "n, ") if stacked else ((), "")
-    checks.shape(op, down_name, a, (*leading, None, x.shape[-1]), f"({words}rank, d_in)")
+    leading, words = (2, "n, ") if stacked else (1, "")
+    checks.shape(op, down_name, a, (*_leading(a, leading), x.shape[-1]), f"({words}rank, d_in)")
     if a.shape[-2] == 0:
         raise ValueError(f"{op}: {down_name} of shape {tuple(a.shape)} has rank 0; it must be at least 1")
     if stacked and a.shape[0] == 0:
@@ -238,9 +243,15 @@ def _check_factors(
     checks.same_device(op, up_name, b, "x", x)
 
 
+def _leading(value: Tensor, dims: int) -> tuple[int | None, ...]:
+    """The leading sizes of `value`, any of which will do; its dimensions may be too many or too few."""
+    return tuple(value.shape[:dims]) if value.dim() == dims + 1 else (None,) * dims
+
+
 def _check_writable(op: str, base_out: Tensor) -> None:
     """What autograd would refuse after the kernel has written already."""
-    if any(stride == 0 and size > 1 for size, stride in zip(base_out.shape, base_out.stride(), strict=True)):
+    strides = zip(base_out.shape, base_out.stride(), strict=True)
+    if not base_out.is_contiguous() and any(stride == 0 and size > 1 for size, stride in strides):
         raise ValueError(f"{op}: base_out is expanded (one element in many places); pass base_out.clone()")
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and base_out.requires_grad):
         return

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import check_op
 
 import lwft_kernels
 from lwft_kernels import functional as LF
-from oracle import check_op
 
 pytestmark = pytest.mark.usefixtures("native")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import lwft_harness
 import numpy as np
 import pytest
 import torch
-
-import lwft_harness
-from lwft_kernels.lowrank import reference
 from oracle import RATIO, relative_error
+
+from lwft_kernels.lowrank import reference
 
 SEED, OFFSET, SCALE = 11, 13, 0.75
 TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16}
