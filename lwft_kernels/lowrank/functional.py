@@ -198,8 +198,13 @@ def lora_delta_(
     if traced or not _is_rows(base_out):
         out = autograd.lora_delta(base_out.reshape(-1, d_out), *rest)[0]
         return base_out.copy_(out.view(base_out.shape))
-    whole = base_out._base
-    if whole is not None and whole.shape[-1:] == (d_out,) and whole.numel() == base_out.numel():
+    whole = base_out._base if torch.is_grad_enabled() and base_out.is_contiguous() else None
+    if (
+        whole is not None
+        and whole.is_contiguous()
+        and whole.shape[-1:] == (d_out,)
+        and whole.numel() == base_out.numel()
+    ):
         # A linear layer's result for (B, S, d_in) is a view of its (B S, d_out) product. Written through the
         # view, autograd would copy the gradient three times; written as a whole, not once.
         return autograd.lora_delta_(whole, *rest).view(base_out.shape)

@@ -22,6 +22,10 @@ def _checked_rank(module: str, rank: object) -> int:
 def _checked_linear(module: str, linear: object) -> nn.Linear:
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"{module}: linear must be an nn.Linear, got {type(linear).__name__}")
+    if type(linear).forward is not nn.Linear.forward:  # a LoRALinear, say, whose branch would be lost
+        raise TypeError(
+            f"{module}: linear must compute what nn.Linear does, not be a {type(linear).__name__}"
+        )
     return linear
 
 
@@ -225,7 +229,7 @@ class LoRALinear(nn.Linear):
         if self.merged:
             return
         weight = self.weight
-        wide = torch.promote_types(weight.dtype, self.lora_a.dtype)
+        wide = torch.promote_types(weight.dtype, torch.float32)
         branch = self.lora_b.to(wide) @ self.lora_a.to(wide)
         merged = torch.add(weight.to(wide), branch, alpha=self.scale).to(weight.dtype)
         self._buffers["unmerged_weight"] = weight  # not by setattr, which would make it a parameter again

@@ -79,6 +79,8 @@ def test_what_the_constructors_refuse():
     for cls in (LowRankLinear, LoRALinear):
         with pytest.raises(TypeError, match=r"linear must be an nn\.Linear, got Conv1d"):
             cls.from_linear(nn.Conv1d(3, 4, 1), 2)
+        with pytest.raises(TypeError, match=r"must compute what nn\.Linear does, not be a LoRALinear"):
+            cls.from_linear(LoRALinear(24, 40), 2)
     with pytest.raises(ValueError, match="lora_dropout must lie"):
         LoRALinear(24, 40, lora_dropout=1.5)
     with pytest.raises(ValueError, match="lora_alpha must be finite"):
