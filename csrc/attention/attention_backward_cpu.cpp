@@ -49,6 +49,7 @@ struct BackwardPlan {
   bool sum_batch = false, sum_heads = false;
   int64_t owners;
   Pieces chunks;
+  bool few_rows;  // as in the forward kernel: nothing is packed
   // The rows' statistics from their scores and dP rather than from lse and out (two products more).
   bool exact_statistics;
   BiasSums<T> bias;
@@ -73,9 +74,10 @@ struct BackwardPlan {
     if (sum_batch) owners = minimum<int64_t>(owners, p.shape.kv_heads);
     if (sum_heads) owners = sum_batch ? minimum<int64_t>(owners, 1) : p.shape.batch;
     cut_chunks(scratch);
-    // Few rows: the forward kernel has summed their scores in another order, and where S is large the rounding error of
-    // S - lse counts. A bias that is the same for all keys: the sum of dS over them all is a difference of equals.
-    exact_statistics = rows <= kFewRows || (p.dbias != nullptr && p.bias_size[3] == 1) ||
+    few_rows = rows <= kFewRows;
+    // Few rows: cheap, and one row weighs much. A bias that is the same for all keys: the sum of dS over them all is a
+    // difference of equals.
+    exact_statistics = few_rows || (p.dbias != nullptr && p.bias_size[3] == 1) ||
                        (p.shape.prefix > 0 && p.shape.prefix + p.shape.keys <= kFewKeys);
     if (p.dbias != nullptr) place_bias_sums(matrix, scratch);
     if (p.shape.prefix > 0 && p.prefix_batch == 1) {
@@ -84,6 +86,10 @@ struct BackwardPlan {
       if (p.dprefix_v != nullptr) dprefix_v = scratch.take<T>(size);
     }
   }
+
+  int64_t blocks() const { return prefix_blocks.count + key_blocks.count; }
+  bool is_prefix(int64_t block) const { return block < prefix_blocks.count; }
+  Range block(int64_t i) const { return is_prefix(i) ? prefix_blocks[i] : key_blocks[i - prefix_blocks.count]; }
 
   HeadGroup group(int64_t owner, int64_t member) const {
     const int64_t kv_heads = p.shape.kv_heads;
@@ -98,13 +104,13 @@ struct BackwardPlan {
 
  private:
   void cut_chunks(Scratch& scratch) {
-    const int64_t blocks = prefix_blocks.count + key_blocks.count;
     int64_t wanted = ceil_div(kEnoughTasks, maximum<int64_t>(owners, 1));
     const int64_t dq_size = groups * rows * d_padded;
     if (p.dq.data != nullptr && dq_size > 0) {
       wanted = minimum(wanted, kChunkBytes / (dq_size * static_cast<int64_t>(sizeof(T))));
     }
-    chunks = Pieces(maximum<int64_t>(blocks, 1), ceil_div(maximum<int64_t>(blocks, 1), maximum<int64_t>(wanted, 1)), 1);
+    const int64_t of_blocks = maximum<int64_t>(blocks(), 1);  // no keys: one chunk of nothing
+    chunks = Pieces(of_blocks, ceil_div(of_blocks, maximum<int64_t>(wanted, 1)), 1);
     if (p.dq.data != nullptr && chunks.count > 1) dq_chunks = scratch.take<T>(dq_size * chunks.count);
   }
 
@@ -189,13 +195,37 @@ void load_tile(const AttentionBackward& p, const HeadGroup& group, Range tile, B
   }
 }
 
-// Raw scores and dP of a tile and `keys` keys, from the packed key `first` on.
+// Raw scores and dP of a tile and the keys first .. end - 1 of a block; first is a multiple of kPanelColumns.
 template <class T>
-void score_products(int64_t rows, int64_t keys, int64_t d, int64_t first, BackwardBuffers<T>& buffers) {
-  gemm(rows, keys, d, buffers.q.row_major, padded<T>(d), 1, buffers.keys_transposed + first * d, buffers.scores,
-       kScoreStride<T>, Mode::overwrite);
-  gemm(rows, keys, d, buffers.grad_out.row_major, padded<T>(d), 1, buffers.values_transposed + first * d,
-       buffers.dscores, kScoreStride<T>, Mode::overwrite);
+void score_products(const BackwardPlan<T>& plan, const HeadGroup& group, const Segment& segment, Range block,
+                    int64_t rows, int64_t first, int64_t end, BackwardBuffers<T>& buffers) {
+  const int64_t d = plan.d, d_padded = plan.d_padded;
+  if (plan.few_rows) {
+    const DType dtype = plan.p.shape.dtype;
+    const int64_t keys = end - first;
+    dot_rows(rows, keys, d, buffers.q.row_major, d_padded, dtype, segment.key(group, block.begin + first),
+             segment.k.stride[2], buffers.scores, kScoreStride<T>, Mode::overwrite);
+    dot_rows(rows, keys, d, buffers.grad_out.row_major, d_padded, dtype, segment.value(group, block.begin + first),
+             segment.v.stride[2], buffers.dscores, kScoreStride<T>, Mode::overwrite);
+  } else {
+    const int64_t keys = minimum(round_up(end, kPanelColumns<T>), block.size()) - first;  // whole panels
+    gemm(rows, keys, d, buffers.q.row_major, d_padded, 1, buffers.keys_transposed + first * d, buffers.scores,
+         kScoreStride<T>, Mode::overwrite);
+    gemm(rows, keys, d, buffers.grad_out.row_major, d_padded, 1, buffers.values_transposed + first * d,
+         buffers.dscores, kScoreStride<T>, Mode::overwrite);
+  }
+}
+
+// K^T and V^T of a block, for score_products.
+template <class T>
+void pack_transposed(const BackwardPlan<T>& plan, const HeadGroup& group, const Segment& segment, Range block,
+                     BackwardBuffers<T>& buffers) {
+  if (plan.few_rows) return;
+  const DType dtype = plan.p.shape.dtype;
+  pack_panels(dtype, segment.key(group, block.begin), 1, segment.k.stride[2], plan.d, block.size(),
+              buffers.keys_transposed);
+  pack_panels(dtype, segment.value(group, block.begin), 1, segment.v.stride[2], plan.d, block.size(),
+              buffers.values_transposed);
 }
 
 // Raw scores and dP of the keys `seen` of one row become scores and Z * dP. Returns Z, or null without dropout.
@@ -242,35 +272,30 @@ T grad_lse(const AttentionBackward& p, const HeadGroup& group, int64_t row) {
 // does not matter beside the other errors. Where it does, the statistics are taken from all scores and dP of the row.
 
 template <class T>
-void exact_statistics(const AttentionBackward& p, const HeadGroup& group, Range tile, BackwardBuffers<T>& buffers) {
-  const int64_t d = p.shape.head_dim;
+void exact_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range tile, BackwardBuffers<T>& buffers) {
   RunningDelta<T> rows[kScoreRows];
-  load_tile(p, group, tile, buffers);
-  for (const bool prefix : {true, false}) {
-    const Segment segment(p, prefix);
-    const Range visible = segment.visible(group, tile);
-    for (int64_t j = visible.begin; j < visible.end; j += kBlockKeys) {
-      const Range block{j, minimum(j + kBlockKeys, visible.end)};
-      pack_panels(p.shape.dtype, segment.key(group, j), 1, segment.k.stride[2], d, block.size(),
-                  buffers.keys_transposed);
-      pack_panels(p.shape.dtype, segment.value(group, j), 1, segment.v.stride[2], d, block.size(),
-                  buffers.values_transposed);
-      score_products(tile.size(), block.size(), d, 0, buffers);
-      for (int64_t i = 0; i < tile.size(); ++i) {
-        const Range seen = intersect(segment.visible(group, tile.begin + i), block);
-        if (seen.empty()) continue;
-        T* scores = buffers.scores + i * kScoreStride<T> + (seen.begin - j);
-        T* dscores = buffers.dscores + i * kScoreStride<T> + (seen.begin - j);
-        finish_row(group, tile.begin + i, segment, seen, buffers, scores, dscores);
-        rows[i].add(seen.size(), scores, dscores);
-      }
+  load_tile(plan.p, group, tile, buffers);
+  // The same blocks as for the gradients, so that S and dP are the same to the last bit.
+  for (int64_t i = 0; i < plan.blocks(); ++i) {
+    const Segment segment(plan.p, plan.is_prefix(i));
+    const Range block = plan.block(i);
+    const Range visible = intersect(segment.visible(group, tile), block);
+    if (visible.empty()) continue;
+    pack_transposed(plan, group, segment, block, buffers);
+    score_products(plan, group, segment, block, tile.size(), 0, visible.end - block.begin, buffers);
+    for (int64_t r = 0; r < tile.size(); ++r) {
+      const Range seen = intersect(segment.visible(group, tile.begin + r), block);
+      if (seen.empty()) continue;
+      const int64_t start = r * kScoreStride<T> + seen.begin - block.begin;
+      finish_row(group, tile.begin + r, segment, seen, buffers, buffers.scores + start, buffers.dscores + start);
+      rows[r].add(seen.size(), buffers.scores + start, buffers.dscores + start);
     }
   }
-  for (int64_t i = 0; i < tile.size(); ++i) {
-    const int64_t row = tile.begin + i;
-    buffers.shift[row] = rows[i].softmax.total == 0 ? kInfinity<T> : rows[i].softmax.highest;
-    buffers.factor[row] = rows[i].softmax.inverse_total();
-    buffers.delta[row] = rows[i].delta(grad_lse<T>(p, group, row));
+  for (int64_t r = 0; r < tile.size(); ++r) {
+    const int64_t row = tile.begin + r;
+    buffers.shift[row] = rows[r].softmax.total == 0 ? kInfinity<T> : rows[r].softmax.highest;
+    buffers.factor[row] = rows[r].softmax.inverse_total();
+    buffers.delta[row] = rows[r].delta(grad_lse<T>(plan.p, group, row));
   }
 }
 
@@ -295,7 +320,7 @@ void row_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range t
     buffers.factor[row] = 1;
     buffers.delta[row] = sees_nothing ? T{0} : sum(products) - grad_lse<T>(p, group, row);
   }
-  if (exact) exact_statistics(p, group, tile, buffers);
+  if (exact) exact_statistics(plan, group, tile, buffers);
 }
 
 // ---- a tile ----
@@ -377,12 +402,11 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
   const int64_t d = plan.d, d_padded = plan.d_padded, count = tile.size();
   const Range seen = intersect(segment.visible(group, tile), block);
   if (seen.empty()) return;
-  const int64_t first = (seen.begin - block.begin) / kPanelColumns<T> * kPanelColumns<T>;
+  const int64_t first = plan.few_rows ? 0 : (seen.begin - block.begin) / kPanelColumns<T> * kPanelColumns<T>;
   const int64_t end = seen.end - block.begin, width = end - first;
-  const int64_t columns = minimum(round_up(end, kPanelColumns<T>), block.size()) - first;
 
   load_tile(p, group, tile, buffers);
-  score_products(count, columns, d, first, buffers);
+  score_products(plan, group, segment, block, count, first, end, buffers);
   for (int64_t i = 0; i < count; ++i) {
     score_gradient_row(plan, group, tile.begin + i, segment, chunk, block, block.begin + first, width, buffers,
                        buffers.scores + i * kScoreStride<T>, buffers.dscores + i * kScoreStride<T>);
@@ -397,14 +421,18 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
     gemm(width, d, count, buffers.dscores, 1, kScoreStride<T>, buffers.q.panels, buffers.dk + first * d_padded,
          d_padded, Mode::accumulate);
   }
-  if (buffers.dq != nullptr) {
-    // One panel of K at a time, so that the keys may be a part of those packed.
-    for (int64_t j = 0; j < d; j += kPanelColumns<T>) {
-      const int64_t panel_width = minimum(kPanelColumns<T>, padded<T>(d - j));
-      gemm(count, panel_width, width, buffers.dscores, kScoreStride<T>, 1,
-           buffers.keys + j * block.size() + first * panel_width, buffers.dq + tile.begin * d_padded + j, d_padded,
-           Mode::accumulate);
-    }
+  if (buffers.dq == nullptr) return;
+  T* dq = buffers.dq + tile.begin * d_padded;
+  if (plan.few_rows) {
+    combine_rows(count, d, width, buffers.dscores, kScoreStride<T>, p.shape.dtype, segment.key(group, block.begin),
+                 segment.k.stride[2], dq, d_padded, Mode::accumulate);
+    return;
+  }
+  // One panel of K at a time, so that the keys may be a part of those packed.
+  for (int64_t j = 0; j < d; j += kPanelColumns<T>) {
+    const int64_t panel_width = minimum(kPanelColumns<T>, padded<T>(d - j));
+    gemm(count, panel_width, width, buffers.dscores, kScoreStride<T>, 1,
+         buffers.keys + j * block.size() + first * panel_width, dq + j, d_padded, Mode::accumulate);
   }
 }
 
@@ -432,18 +460,15 @@ template <class T>
 void block_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_t index, int64_t chunk,
                      BackwardBuffers<T>& buffers) {
   const AttentionBackward& p = plan.p;
-  const bool prefix = index < plan.prefix_blocks.count;
+  const bool prefix = plan.is_prefix(index);
   const Segment segment(p, prefix);
-  const Range block = prefix ? plan.prefix_blocks[index] : plan.key_blocks[index - plan.prefix_blocks.count];
+  const Range block = plan.block(index);
   const bool dk_wanted = (prefix ? p.dprefix_k : p.dk.data) != nullptr;
   const bool dv_wanted = (prefix ? p.dprefix_v : p.dv.data) != nullptr;
   if (!dk_wanted && !dv_wanted && buffers.dq == nullptr && (prefix || plan.bias.data == nullptr)) return;
 
-  pack_panels(p.shape.dtype, segment.key(group, block.begin), 1, segment.k.stride[2], plan.d, block.size(),
-              buffers.keys_transposed);
-  pack_panels(p.shape.dtype, segment.value(group, block.begin), 1, segment.v.stride[2], plan.d, block.size(),
-              buffers.values_transposed);
-  if (buffers.dq != nullptr) {
+  pack_transposed(plan, group, segment, block, buffers);
+  if (buffers.dq != nullptr && !plan.few_rows) {
     pack_panels(p.shape.dtype, segment.key(group, block.begin), segment.k.stride[2], 1, block.size(), plan.d,
                 buffers.keys);
   }
@@ -482,8 +507,8 @@ void group_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_
     fill(buffers.dq, 0, size, T{0});
   }
   for (int64_t t = 0; t < plan.tiles.count; ++t) row_statistics(plan, group, plan.tiles[t], buffers);
-  for (int64_t i = plan.chunks[chunk].begin; i < plan.chunks[chunk].end; ++i) {
-    if (i < plan.prefix_blocks.count + plan.key_blocks.count) block_gradients(plan, group, i, chunk, buffers);
+  for (int64_t i = plan.chunks[chunk].begin; i < minimum(plan.chunks[chunk].end, plan.blocks()); ++i) {
+    block_gradients(plan, group, i, chunk, buffers);
   }
   if (buffers.dq != nullptr && plan.dq_chunks == nullptr) store_dq(plan, group, {0, plan.rows}, buffers.dq);
 }
