@@ -39,7 +39,6 @@ class CMakeBuild(build_ext):
             *("-S", ROOT, "-B", build_dir, "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DLWFT_TORCH_DIR={find_torch()}",
             f"-DLWFT_LIBRARY_DIR={package_root / 'lwft_kernels'}",
             # A spill costs speed: who works on a kernel must see it, who installs it need not be stopped.
             f"-DLWFT_SPILLS_ARE_ERRORS={'ON' if in_place else 'OFF'}",

@@ -36,9 +36,9 @@ message(STATUS "CPU kernels: ${isa_levels}")
 
 # lwft_compile_per_level(<name> <sources>...): sets <name>_objects to what a library or program links in.
 #
-# An inline function from outside lwft::<level> (of std::vector, say) that a level emits out of line is, to the
-# linker, the same function as every other level's, and it keeps one: perhaps the one with AVX-512 in it, for
-# all. So the objects of a level become one object, in which only lwft::<level> stays visible.
+# An inline function from outside lwft::<level> (of std::vector, say) that a level emits out of line is, to
+# the linker, the same function as every other level's, and it keeps one: perhaps the one with AVX-512 in it,
+# for all. So the objects of a level become one object, in which only lwft::<level> stays visible.
 # (Not under sanitizers, whose own linker groups have to survive.)
 function(lwft_compile_per_level name)
   set(objects)
@@ -81,7 +81,3 @@ add_library(lwft_cpu_kernels STATIC ${cpu_common_sources} ${kernels_objects})
 target_include_directories(lwft_cpu_kernels PUBLIC csrc)
 target_compile_definitions(lwft_cpu_kernels PUBLIC "LWFT_ISA_LEVELS=${isa_list}")
 target_link_libraries(lwft_cpu_kernels PUBLIC Threads::Threads)
-
-# Taken whole: dispatch refers to rooms weakly while not all stand, and that draws nothing from an archive.
-add_library(lwft_cpu INTERFACE)
-target_link_libraries(lwft_cpu INTERFACE -Wl,--whole-archive lwft_cpu_kernels -Wl,--no-whole-archive)

@@ -19,7 +19,7 @@ add_library(_C MODULE ${op_sources})
 set_target_properties(_C PROPERTIES PREFIX "" SUFFIX ".so" LIBRARY_OUTPUT_DIRECTORY ${LWFT_LIBRARY_DIR})
 target_include_directories(_C SYSTEM PRIVATE ${LWFT_TORCH_DIR}/include)
 target_compile_definitions(_C PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)  # the ABI of 2.10
-target_link_libraries(_C PRIVATE lwft_cpu)
+target_link_libraries(_C PRIVATE lwft_cpu_kernels)
 if(TARGET lwft_cuda_kernels)
   target_compile_definitions(_C PRIVATE LWFT_WITH_CUDA)
   target_link_libraries(_C PRIVATE lwft_cuda_kernels)

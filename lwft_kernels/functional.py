@@ -1,6 +1,8 @@
 """The ops, under the names and argument order of `torch.nn.functional` where it has a word for the thing."""
 
+from lwft_kernels.adapter.functional import adapter
 from lwft_kernels.attention.functional import attention
+from lwft_kernels.lowrank.functional import lora_delta_, lora_linear, low_rank_linear
 from lwft_kernels.norm.functional import add_layer_norm
 
-__all__ = ["add_layer_norm", "attention"]
+__all__ = ["adapter", "add_layer_norm", "attention", "lora_delta_", "lora_linear", "low_rank_linear"]

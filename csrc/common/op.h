@@ -89,6 +89,10 @@ inline Tensor with_unit_rows(const Tensor& matrix) {
   return torch::stable::contiguous(matrix);
 }
 
+inline MaybeTensor with_unit_rows(const MaybeTensor& matrix) {
+  return matrix ? MaybeTensor(with_unit_rows(*matrix)) : std::nullopt;
+}
+
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }

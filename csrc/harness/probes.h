@@ -1,5 +1,7 @@
 // The inline functions of common/cpu, behind function pointers: what tests need to drive each level of them.
 #pragma once
+#include <cstring>
+
 #include "common/dropout.h"
 #include "common/dtype.h"
 
@@ -31,12 +33,29 @@ struct Probes {
                        void* c, int64_t ldc, bool accumulate);
   void (*dropout_multipliers)(DType type, const Dropout&, int64_t row, int64_t col0, int64_t n, void* out);
   void (*dropout_row)(DType type, const Dropout&, int64_t row, int64_t col0, int64_t n, void* values);
-  // results[i] = i, which task i wrote to scratch memory and read back; with `fail`, one task asks for too much
+  // results[i] = i, by way of scratch memory; with `fail` one task asks for too much of it
   void (*run_tasks)(int64_t tasks, bool fail, int64_t* results);
   double (*peak_flops)(DType type, double seconds);  // of the GEMM micro-kernel, on a tile in the first cache
 };
 
+#ifdef LWFT_ISA_LEVELS
+
+#define X(level)              \
+  namespace level {           \
+  extern const Probes probes; \
+  }
+LWFT_ISA_LEVELS
+#undef X
+
 // By name of the level; null if the build does not have it.
-const Probes* find_probes(const char* isa);
+inline const Probes* find_probes(const char* isa) {
+#define X(level) \
+  if (std::strcmp(isa, #level) == 0) return &level::probes;
+  LWFT_ISA_LEVELS
+#undef X
+  return nullptr;
+}
+
+#endif
 
 }  // namespace lwft

@@ -1,16 +1,17 @@
 // out = bias + scale * dropout(x) A^T B^T, or out += ...: the product behind low_rank_linear, lora_linear and
-// lora_delta_ (LoRA: Hu et al. 2021, eq. 3). The (tokens, rank) middle never leaves the cache but for the copy that
-// backward needs. Nothing here knows torch.
+// lora_delta_ (LoRA: Hu et al. 2021, eq. 3). The (tokens, rank) middle never leaves the cache but for the copy
+// that backward needs. Nothing here knows torch.
 #pragma once
 #include "common/dropout.h"
 #include "common/dtype.h"
 
 namespace lwft {
 
+// The dtypes are all f64, or any mix of the others.
 struct LowRankForward {
   int64_t tokens, in_features, rank, out_features, adapters;
-  DType dtype;        // of x, bias and out
-  DType param_dtype;  // of A, B and hidden
+  DType x_dtype, out_dtype, bias_dtype;
+  DType param_dtype;  // of A and B
   const void* x;      // (tokens, in_features), unit stride along in_features
   int64_t x_row_stride;
   const void* a;                 // (adapters, rank, in_features) contiguous
@@ -20,15 +21,17 @@ struct LowRankForward {
   double scale;
   Dropout dropout;  // on x: row = token, col = input feature
   bool accumulate;  // out += the product, instead of out = bias + the product
-  void* out;        // (tokens, out_features), unit stride along out_features
+  void* out;        // (tokens, out_features), unit stride along out_features; shares no memory with x
   int64_t out_row_stride;
-  void* hidden;  // (tokens, rank) contiguous: dropout(x) A^T, unscaled
+  void*
+      hidden;  // (tokens, rank) contiguous, of accumulate_dtype(param_dtype): dropout(x) A^T, unscaled and not
+               // rounded to 16 bits, which would cost dB twice the error; 0 for a row without adapter
 };
 
 struct LowRankBackward {
   int64_t tokens, in_features, rank, out_features, adapters;
-  DType dtype, param_dtype;
-  const void* grad_out;  // (tokens, out_features), unit stride along out_features
+  DType x_dtype, out_dtype, bias_dtype, param_dtype;
+  const void* grad_out;  // (tokens, out_features) of out_dtype, unit stride along out_features
   int64_t grad_out_row_stride;
   const void* x;
   int64_t x_row_stride;
@@ -38,10 +41,10 @@ struct LowRankBackward {
   const int64_t* adapter_index;
   double scale;
   Dropout dropout;
-  void* dx;     // (tokens, in_features) contiguous, the low-rank part only; null when not wanted, as all below
-  void* da;     // like a
-  void* db;     // like b
-  void* dbias;  // (out_features) of dtype: the column sums of grad_out
+  void* dx;     // (tokens, in_features) of x_dtype, contiguous; null when not wanted, as all below
+  void* da;     // like a; 0 for an adapter that no row uses
+  void* db;     // like b; likewise
+  void* dbias;  // (out_features) of bias_dtype: the column sums of grad_out
 };
 
 // One level of the CPU kernels (common/cpu/dispatch.h).

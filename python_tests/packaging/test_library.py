@@ -81,9 +81,7 @@ def test_a_level_shows_its_own_names_only():
         assert not [name for name in shown if not name.startswith(own)], path
 
 
-@pytest.mark.skipif(
-    not (LEVEL_OBJECTS / "avx2").is_dir(), reason="not run beside an x86-64 build directory"
-)
+@pytest.mark.skipif(not (LEVEL_OBJECTS / "avx2").is_dir(), reason="not run beside an x86-64 build directory")
 def test_the_baseline_has_no_wider_instructions():
     code = subprocess.run(
         ["objdump", "--disassemble", "--no-show-raw-insn", LEVEL_OBJECTS / "baseline" / "kernels.o"],

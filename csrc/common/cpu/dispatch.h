@@ -3,7 +3,7 @@
 //
 // A room adds its kernels by defining, in <room>_cpu.cpp and inside namespace lwft::LWFT_ISA,
 //     extern const NormKernels norm_kernels;                 // (gives it external linkage)
-//     const NormKernels norm_kernels = {forward, backward};  // constant: no code of a level runs at load time
+//     const NormKernels norm_kernels = {forward, backward};  // constant: no code of a level runs at load
 // and its op calls cpu_kernels().norm->forward(parameters).
 #pragma once
 #include "adapter/adapter.h"

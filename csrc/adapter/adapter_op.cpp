@@ -1,0 +1,137 @@
+// lwft::adapter_forward / _backward: tensors to AdapterForward / AdapterBackward.
+#include "adapter/adapter.h"
+#include "common/cpu/dispatch.h"
+#include "common/op.h"
+
+namespace lwft {
+namespace {
+
+struct ForwardResult {
+  Tensor out, hidden, mean, rstd;
+};
+
+// Everything of AdapterForward but the dropout, whose seed may lie on the device, and the results it points to.
+ForwardResult fill_forward(AdapterForward& p, const Tensor& x, const Tensor& down_weight,
+                           const MaybeTensor& down_bias, const Tensor& up_weight, const MaybeTensor& up_bias,
+                           const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
+                           const MaybeTensor& residual, int64_t activation, double eps, double scale,
+                           bool residual_is_x) {
+  p.tokens = x.size(0);
+  p.model_dim = x.size(1);
+  p.bottleneck = down_weight.size(0);
+  p.dtype = dtype_of(x);
+  p.param_dtype = dtype_of(down_weight);
+  p.x = data(x);
+  p.x_row_stride = x.stride(0);
+  p.norm_weight = data(norm_weight);
+  p.norm_bias = data(norm_bias);
+  p.eps = eps;
+  p.down_weight = data(down_weight);
+  p.down_bias = data(down_bias);
+  p.activation = static_cast<Activation>(activation);
+  p.up_weight = data(up_weight);
+  p.up_bias = data(up_bias);
+  p.scale = scale;
+  p.residual = residual_is_x ? p.x : data(residual);
+  p.residual_row_stride = residual_is_x ? p.x_row_stride : residual ? residual->stride(0) : 0;
+
+  const int64_t normed = norm_weight ? p.tokens : 0;
+  ForwardResult result{
+      empty(x, {p.tokens, p.model_dim}, p.dtype), empty(x, {p.tokens, p.bottleneck}, p.param_dtype),
+      empty(x, {normed}, accumulate_dtype(p.dtype)), empty(x, {normed}, accumulate_dtype(p.dtype))};
+  p.out = result.out.mutable_data_ptr();
+  p.hidden = result.hidden.mutable_data_ptr();
+  p.mean = norm_weight ? result.mean.mutable_data_ptr() : nullptr;
+  p.rstd = norm_weight ? result.rstd.mutable_data_ptr() : nullptr;
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_forward(
+    const Tensor& x_in, const Tensor& down_weight_in, const MaybeTensor& down_bias_in,
+    const Tensor& up_weight_in, const MaybeTensor& up_bias_in, const MaybeTensor& norm_weight_in,
+    const MaybeTensor& norm_bias_in, const MaybeTensor& residual_in, const MaybeTensor& seed,
+    int64_t activation, double eps, double scale, double dropout_p, bool residual_is_x) {
+  const Tensor x = with_unit_rows(x_in);
+  const Tensor down_weight = as_contiguous(down_weight_in), up_weight = as_contiguous(up_weight_in);
+  const MaybeTensor down_bias = as_contiguous(down_bias_in), up_bias = as_contiguous(up_bias_in);
+  const MaybeTensor norm_weight = as_contiguous(norm_weight_in), norm_bias = as_contiguous(norm_bias_in);
+  const MaybeTensor residual = with_unit_rows(residual_in);
+  AdapterForward p{};
+  ForwardResult result = fill_forward(p, x, down_weight, down_bias, up_weight, up_bias, norm_weight,
+                                      norm_bias, residual, activation, eps, scale, residual_is_x);
+  p.dropout = dropout_of(seed, dropout_p);
+  cpu_kernels().adapter->forward(p);
+  return {result.out, result.hidden, result.mean, result.rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
+    const Tensor& grad_in, const Tensor& x_in, const Tensor& down_weight_in, const Tensor& up_weight_in,
+    const MaybeTensor& norm_weight_in, const MaybeTensor& norm_bias_in, const Tensor& hidden_in,
+    const Tensor& mean, const Tensor& rstd, const MaybeTensor& seed, int64_t activation, double scale,
+    double dropout_p, bool residual_is_x, int64_t needs) {
+  const Tensor grad_out = with_unit_rows(grad_in), x = with_unit_rows(x_in);
+  const Tensor down_weight = as_contiguous(down_weight_in), up_weight = as_contiguous(up_weight_in);
+  const MaybeTensor norm_weight = as_contiguous(norm_weight_in), norm_bias = as_contiguous(norm_bias_in);
+  const Tensor hidden = as_contiguous(hidden_in);
+  const Wanted wanted(needs);
+  AdapterBackward p{};
+  p.tokens = x.size(0);
+  p.model_dim = x.size(1);
+  p.bottleneck = down_weight.size(0);
+  p.dtype = dtype_of(x);
+  p.param_dtype = dtype_of(down_weight);
+  p.grad_out = data(grad_out);
+  p.grad_out_row_stride = grad_out.stride(0);
+  p.x = data(x);
+  p.x_row_stride = x.stride(0);
+  p.norm_weight = data(norm_weight);
+  p.norm_bias = data(norm_bias);
+  p.mean = data(mean);
+  p.rstd = data(rstd);
+  p.down_weight = data(down_weight);
+  p.hidden = data(hidden);
+  p.activation = static_cast<Activation>(activation);
+  p.up_weight = data(up_weight);
+  p.scale = scale;
+  p.dropout = dropout_of(seed, dropout_p);
+  p.residual_is_x = residual_is_x;
+  const int64_t d = p.model_dim, m = p.bottleneck;
+  Tensor dx = wanted.empty(0, x, {p.tokens, d}, p.dtype);
+  Tensor ddown_weight = wanted.empty(1, x, {m, d}, p.param_dtype);
+  Tensor ddown_bias = wanted.empty(2, x, {m}, p.param_dtype);
+  Tensor dup_weight = wanted.empty(3, x, {d, m}, p.param_dtype);
+  Tensor dup_bias = wanted.empty(4, x, {d}, p.param_dtype);
+  Tensor dnorm_weight = wanted.empty(5, x, {d}, p.param_dtype);
+  Tensor dnorm_bias = wanted.empty(6, x, {d}, p.param_dtype);
+  p.dx = wanted.data(0, dx);
+  p.ddown_weight = wanted.data(1, ddown_weight);
+  p.ddown_bias = wanted.data(2, ddown_bias);
+  p.dup_weight = wanted.data(3, dup_weight);
+  p.dup_bias = wanted.data(4, dup_bias);
+  p.dnorm_weight = wanted.data(5, dnorm_weight);
+  p.dnorm_bias = wanted.data(6, dnorm_bias);
+  cpu_kernels().adapter->backward(p);
+  return {dx, ddown_weight, ddown_bias, dup_weight, dup_bias, dnorm_weight, dnorm_bias};
+}
+
+}  // namespace
+}  // namespace lwft
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
+  m.def(
+      "adapter_forward(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
+      "Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, Tensor? seed, int activation, float eps, "
+      "float scale, float dropout_p, bool residual_is_x) "
+      "-> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)");
+  m.def(
+      "adapter_backward(Tensor grad_out, Tensor x, Tensor down_weight, Tensor up_weight, Tensor? norm_weight, "
+      "Tensor? norm_bias, Tensor hidden, Tensor mean, Tensor rstd, Tensor? seed, int activation, float scale, "
+      "float dropout_p, bool residual_is_x, int needs) "
+      "-> (Tensor dx, Tensor ddown_weight, Tensor ddown_bias, Tensor dup_weight, Tensor dup_bias, "
+      "Tensor dnorm_weight, Tensor dnorm_bias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lwft, CPU, m) {
+  m.impl("adapter_forward", TORCH_BOX(&lwft::adapter_forward));
+  m.impl("adapter_backward", TORCH_BOX(&lwft::adapter_backward));
+}

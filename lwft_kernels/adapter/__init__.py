@@ -1,0 +1,1 @@
+"""residual + dropout(scale * up(act(down(layer_norm(x))))): functional, reference, autograd and module."""

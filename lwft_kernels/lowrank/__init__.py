@@ -1,0 +1,1 @@
+"""low_rank_linear, lora_linear, lora_delta_: functional, reference, autograd and modules."""

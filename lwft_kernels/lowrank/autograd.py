@@ -1,0 +1,223 @@
+"""Shapes and gradients of ``lwft::low_rank_linear_forward``, ``lora_linear_forward``, ``lora_delta_forward``.
+
+With xd = dropout(x), h = xd A^T (the `hidden` kept from forward) and dh = scale * dy B (Hu et al. 2021, eq.
+3, differentiated):
+
+    dA = dh^T xd,  dB = scale * dy^T h,  dx = dropout mask * (dh A) + dy W,  dW = dy^T x,  dbias = sum of dy.
+
+xd and dh are computed again from x and dy: beside the inputs, only h, of size (T, r), is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwft_kernels import backend
+from lwft_kernels.registration import gradients, register, wanted
+
+
+def _results(needs: int, *likes: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """What a backward op returns: (like, shape) per gradient, empty where it is not wanted."""
+    return tuple(
+        like.new_empty(shape if needs >> bit & 1 else (0,)) for bit, (like, shape) in enumerate(likes)
+    )
+
+
+def _hidden(x: Tensor, down: Tensor) -> Tensor:
+    """(T, r), not rounded to 16 bits."""
+    return down.new_empty(
+        x.shape[0], down.shape[-2], dtype=torch.promote_types(down.dtype, torch.float32)
+    )
+
+
+# ---- low_rank_linear(x, down_weight, up_weight, bias) ----
+
+
+def _low_rank_forward_fake(
+    x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], up_weight.shape[0]), _hidden(x, down_weight)
+
+
+def _low_rank_backward_fake(
+    grad_out: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, hidden: Tensor, needs: int
+) -> tuple[Tensor, ...]:
+    return _results(
+        needs,
+        (x, tuple(x.shape)),
+        (down_weight, tuple(down_weight.shape)),
+        (up_weight, tuple(up_weight.shape)),
+        (up_weight, (up_weight.shape[0],)),
+    )
+
+
+def _low_rank_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, down_weight, up_weight, _ = inputs
+    ctx.save_for_backward(x, down_weight, up_weight, output[1])
+
+
+def _low_rank_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 4
+    x, down_weight, up_weight, hidden = ctx.saved_tensors
+    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3))
+    results = torch.ops.lwft.low_rank_linear_backward(grad_out, x, down_weight, up_weight, hidden, needs)
+    return tuple(gradients(results, needs))
+
+
+low_rank_linear = register(
+    "low_rank_linear",
+    forward_fake=_low_rank_forward_fake,
+    backward_fake=_low_rank_backward_fake,
+    setup_context=_low_rank_setup_context,
+    backward=_low_rank_backward,
+)
+
+
+# ---- lora_linear(x, weight, bias, lora_a, lora_b, adapter_index, seed, scale, dropout_p) ----
+
+
+def _lora_linear_forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), _hidden(x, lora_a)
+
+
+def _lora_linear_backward_fake(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    hidden: Tensor,
+    adapter_index: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    return _results(
+        needs,
+        (x, tuple(x.shape)),
+        (weight, tuple(weight.shape)),
+        (weight, (weight.shape[0],)),
+        (lora_a, tuple(lora_a.shape)),
+        (lora_b, tuple(lora_b.shape)),
+    )
+
+
+def _lora_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, lora_a, lora_b, adapter_index, seed, ctx.scale, ctx.dropout_p = inputs
+    ctx.save_for_backward(x, weight, lora_a, lora_b, output[1], adapter_index, seed)
+
+
+def _lora_linear_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 9
+    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3, 4))
+    results = torch.ops.lwft.lora_linear_backward(
+        grad_out, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs
+    )
+    return (*gradients(results, needs), None, None, None, None)
+
+
+lora_linear = register(
+    "lora_linear",
+    forward_fake=_lora_linear_forward_fake,
+    backward_fake=_lora_linear_backward_fake,
+    setup_context=_lora_linear_setup_context,
+    backward=_lora_linear_backward,
+)
+
+
+# ---- lora_delta(base_out, x, lora_a, lora_b, adapter_index, seed, scale, dropout_p) ----
+
+
+def _lora_delta_forward_fake(
+    base_out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    return base_out.new_empty(tuple(base_out.shape)), _hidden(x, lora_a)
+
+
+def _lora_delta_backward_fake(
+    grad_out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    hidden: Tensor,
+    adapter_index: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    return _results(needs, (x, tuple(x.shape)), (lora_a, tuple(lora_a.shape)), (lora_b, tuple(lora_b.shape)))
+
+
+def _lora_delta_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, x, lora_a, lora_b, adapter_index, seed, ctx.scale, ctx.dropout_p = inputs
+    ctx.save_for_backward(x, lora_a, lora_b, output[1], adapter_index, seed)
+
+
+def _lora_delta_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 8
+    needs = wanted(ctx.needs_input_grad, (1, 2, 3))
+    rows = grad_out.reshape(-1, grad_out.shape[-1])  # in place, base_out came with all its leading dimensions
+    results = torch.ops.lwft.lora_delta_backward(rows, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs)
+    return (grad_out, *gradients(results, needs), None, None, None, None)
+
+
+lora_delta = register(
+    "lora_delta",
+    forward_fake=_lora_delta_forward_fake,
+    backward_fake=_lora_delta_backward_fake,
+    setup_context=_lora_delta_setup_context,
+    backward=_lora_delta_backward,
+)
+
+if backend.library_error is None:
+    torch.library.register_fake(
+        "lwft::lora_delta_forward_", lambda *arguments: _lora_delta_forward_fake(*arguments)[1]
+    )
+
+
+class _LoraDeltaInPlace(torch.autograd.Function):
+    """`lora_delta` that writes into base_out, for eager: torch.compile takes the functional op and a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, base_out: Tensor, *rest: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            hidden = torch.ops.lwft.lora_delta_forward_(base_out.view(-1, base_out.shape[-1]), *rest)
+        ctx.mark_dirty(base_out)
+        ctx.set_materialize_grads(False)
+        _lora_delta_setup_context(ctx, (base_out, *rest), (base_out, hidden))
+        return base_out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _lora_delta_backward(ctx, *grads)
+
+
+def lora_delta_(base_out: Tensor, *rest: Any) -> Tensor:
+    """As `lora_delta`, into base_out (..., d_out), whose leading dimensions collapse without a copy."""
+    out: Tensor = _LoraDeltaInPlace.apply(base_out, *rest)
+    return out
