@@ -3,6 +3,7 @@
 // with everything in the cache:
 //     S = Q K^T,  dP = dO V^T,  P = exp(S - lse),  dS = P * (Z * dP - delta),
 //     dV += (P * Z)^T dO,  dK += dS^T Q,  dQ += dS K.
+//
 // Memory of a task: dQ of its group in float, and under 1 MiB besides (heads of up to 128). Common to all:
 // what attention_backward_plan.h says.
 #include "attention/attention_backward_plan.h"

@@ -12,8 +12,7 @@ namespace lwft::LWFT_ISA {
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
-// Up to so many rows per key head, the forward kernel does not pack the keys: its scores are then summed in
-// another order than the products of the backward kernel.
+// Up to so many rows per key head, keys are read as they lie: packing them would cost more than it saves.
 constexpr int64_t kFewRows = 8;
 
 // begin .. end - 1
