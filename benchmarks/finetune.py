@@ -7,6 +7,7 @@ import multiprocessing
 import platform
 import statistics
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ import lwft_kernels
 VARIANTS = ("baseline", "accelerated")
 METHOD_NAMES = ("lora", "adapter", "prefix", "lowrank")  # finetune_models.METHODS, without its imports
 WORDS_PER_TOKEN = 0.5  # docstrings are full of names, which the tokenizer cuts in pieces
-HELD_OUT_TEXTS = 12  # per package
 MEMORY_STEPS = 2
 
 
@@ -37,6 +37,7 @@ class Options:
     batch: int = 32
     seq_len: int = 128
     learning_rate: float = 1e-3
+    held_out: int = 12  # texts per package
     threads: int = 0
     seed: int = 0
     memory: bool = True
@@ -102,7 +103,7 @@ class Batches:
         return self.encode(*self.task.batch(self.options.batch))
 
     def held_out(self) -> list[tuple[dict[str, Tensor], Tensor]]:
-        texts, labels = self.task.held_out(HELD_OUT_TEXTS)
+        texts, labels = self.task.held_out(self.options.held_out)
         size = self.options.batch
         return [self.encode(texts[i : i + size], labels[i : i + size]) for i in range(0, len(texts), size)]
 
@@ -143,6 +144,7 @@ def _resident(field_name: str) -> int:
 
 def _peak_of_steps(options: Options, ours: bool, pipe: Any) -> None:
     """In a process of its own: how far memory rises above the loaded model during two steps."""
+    _quiet()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     batches = Batches(options)
     trainer = Trainer(options, len(batches.task.labels), ours=ours, dropout=True)
@@ -194,8 +196,18 @@ def versions() -> dict[str, str]:
     }
 
 
+def _quiet() -> None:
+    """Without the library's remarks on weights this task has no use for, and its bars between ours."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 def run(options: Options, console: Console) -> dict[str, Any]:
     """The whole comparison; returns what is written as JSON."""
+    _quiet()
     if options.threads:
         torch.set_num_threads(options.threads)
     options.threads = torch.get_num_threads()
@@ -220,7 +232,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "options": asdict(options),
         "versions": versions(),
         "labels": batches.task.labels,
-        "held_out_texts": HELD_OUT_TEXTS * len(batches.task.labels),
+        "held_out_texts": options.held_out * len(batches.task.labels),
         "trained_parameters": accelerated.trained_parameters,
         "runs": {name: asdict(result) for name, result in runs.items()},
         "losses_without_dropout": {name: result.losses for name, result in check.items()},
@@ -240,18 +252,32 @@ def speedup(runs: dict[str, Run]) -> float:
 
 @click.command()
 @click.option("--method", type=click.Choice(METHOD_NAMES), default="lora", show_default=True)
-@click.option("--steps", default=Options.steps, show_default=True, help="Steps of each variant, with dropout on.")
 @click.option(
-    "--check-steps", default=Options.check_steps, show_default=True, help="Steps with dropout off, to compare losses."
+    "--steps", default=Options.steps, show_default=True, help="Steps of each variant, with dropout on."
+)
+@click.option(
+    "--check-steps",
+    default=Options.check_steps,
+    show_default=True,
+    help="Steps with dropout off, to compare losses.",
 )
 @click.option("--batch", default=Options.batch, show_default=True)
-@click.option("--seq-len", default=Options.seq_len, show_default=True, help="Tokens of a text, padding included.")
+@click.option(
+    "--seq-len", default=Options.seq_len, show_default=True, help="Tokens of a text, padding included."
+)
 @click.option("--learning-rate", default=Options.learning_rate, show_default=True)
+@click.option("--held-out", default=Options.held_out, show_default=True, help="Texts per package to test on.")
 @click.option("--threads", default=0, help="CPU threads; 0 for torch's default.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--memory/--no-memory", default=True, show_default=True, help="Measure peak memory in own processes.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Default: results/finetune-METHOD.json")
-@click.option("--png", "png_path", type=click.Path(path_type=Path), help="Default: results/finetune-METHOD.png")
+@click.option(
+    "--memory/--no-memory", default=True, show_default=True, help="Measure peak memory in own processes."
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Default: results/finetune-METHOD.json"
+)
+@click.option(
+    "--png", "png_path", type=click.Path(path_type=Path), help="Default: results/finetune-METHOD.png"
+)
 def finetune(json_path: Path | None, png_path: Path | None, **options: Any) -> None:
     """Fine-tune a pretrained BERT with and without the kernels, in turn, and compare."""
     from . import finetune_report

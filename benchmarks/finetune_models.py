@@ -95,7 +95,9 @@ class PrefixSelfAttention(nn.Module):
         self.prefix_k = nn.Parameter(torch.randn(shape) * 0.02)
         self.prefix_v = nn.Parameter(torch.randn(shape) * 0.02)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, None]:
         inner = self.attention
         q, k, v = (
             projection(hidden_states).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
@@ -141,7 +143,10 @@ def build(method: str, classes: int, *, ours: bool, dropout: bool, seed: int) ->
     wrapped: nn.Module = encoder
     if method == "lora":
         config = LoraConfig(
-            r=RANK, lora_alpha=2 * RANK, lora_dropout=0.1 if dropout else 0.0, target_modules=["query", "value"]
+            r=RANK,
+            lora_alpha=2 * RANK,
+            lora_dropout=0.1 if dropout else 0.0,
+            target_modules=["query", "value"],
         )
         wrapped = get_peft_model(encoder, config)
     elif method == "adapter":

@@ -34,7 +34,9 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
     peaks = [run["peak_memory"] for run in (baseline, ours)]
     if all(peaks):
         table.add_row(
-            "peak memory of a step", *(f"{p / MEBIBYTE:,.0f} MiB" for p in peaks), f"{peaks[1] / peaks[0]:.2f}x"
+            "peak memory of a step",
+            *(f"{p / MEBIBYTE:,.0f} MiB" for p in peaks),
+            f"{peaks[1] / peaks[0]:.2f}x",
         )
     table.add_row("loss, first", *(f"{run['losses'][0]:.4f}" for run in (baseline, ours)), "")
     table.add_row("loss, last 5", *(f"{statistics.mean(r['losses'][-5:]):.4f}" for r in (baseline, ours)), "")
@@ -51,7 +53,9 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
         console.print(f"{op}: {count['fast']} calls fast", highlight=False)
         for reason, number in count["declined"].items():
             console.print(f"  {number} declined: {reason}", highlight=False)
-    console.print(", ".join(f"{name} {version}" for name, version in result["versions"].items()), highlight=False)
+    console.print(
+        ", ".join(f"{name} {version}" for name, version in result["versions"].items()), highlight=False
+    )
 
 
 def _quartiles(seconds: list[float]) -> tuple[float, float, float]:
@@ -74,7 +78,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for name, run in runs.items():
         losses.plot(run["losses"], color=colours[name], label=f"{name}, dropout on")
         losses.plot(
-            result["losses_without_dropout"][name], color=colours[name], linestyle="--", label=f"{name}, dropout off"
+            result["losses_without_dropout"][name],
+            color=colours[name],
+            linestyle="--",
+            label=f"{name}, dropout off",
         )
     losses.set(xlabel="step", ylabel="training loss", title=f"{options['method']}: loss")
     losses.set_ylim(bottom=0)
