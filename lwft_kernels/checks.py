@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -102,6 +103,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+@overload
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What autocast does to an argument: floating tensors but float64 become `dtype`, the rest passes."""
     if value is None or not value.is_floating_point() or value.dtype in (dtype, torch.float64):

@@ -27,6 +27,16 @@ def gradients(results: Sequence[Tensor], needs: int) -> list[Tensor | None]:
     return [result if needs >> bit & 1 else None for bit, result in enumerate(results)]
 
 
+def run_backward(op: str, *args: Any) -> Any:
+    """Call ``lwft::{op}_backward`` from a formula's backward."""
+    backward_op = getattr(torch.ops.lwft, f"{op}_backward").default
+    # Autograd has something to say (that there is no second derivative) only when it is asked for one.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return backward_op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return backward_op(*args)
+
+
 def _no_double_backward(op: str) -> Formula:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(

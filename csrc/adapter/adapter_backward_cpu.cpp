@@ -52,9 +52,11 @@ class Backward {
     tile_sums_ = scratch_.take<T>(dz_wanted_ ? tiles_.count * dz_stride_ : 0);
     ddown_bias_ = scratch_.take<T>(dz_stride_);
     for (int64_t k = 0; k < dz_stride_; ++k) ddown_bias_[k] = T{0};
-    dup_ = scratch_.take<T>(up_wanted_ ? d_ * h_stride_ : 0);
     dup_bias_ = scratch_.take<T>(up_wanted_ ? padded<T>(d_) : 0);
-    ddown_ = scratch_.take<T>(sums_wanted_ ? slices() * m_ * kBlockColumns : 0);
+    if (chunks > 1) {
+      dup_ = scratch_.take<T>(up_wanted_ ? d_ * h_stride_ : 0);
+      ddown_ = scratch_.take<T>(sums_wanted_ ? slices() * kBlockColumns * m_ : 0);
+    }
     pack(up_, down_);
 
     // at least once: without tokens the gradients are zeros
@@ -251,19 +253,22 @@ class Backward {
     const int64_t kinds = up_wanted_ && down_wanted_ ? 2 : 1;
     parallel_for(kinds * slices(), [&](int64_t task) {
       const int64_t j = task / kinds * kBlockColumns, columns = minimum(kBlockColumns, d_ - j);
+      Scratch scratch;
       if (up_wanted_ && task % kinds == 0) {
-        add_up_slice(j, columns);
-        if (last_) store_up_slice(j, columns);
+        T* sums = dup_ != nullptr ? dup_ + j * h_stride_ : scratch.take<T>(columns * h_stride_);
+        add_up_slice(j, columns, sums);
+        if (last_) store_up_slice(j, columns, sums);
       } else {
-        T* sums = ddown_ + (sums_wanted_ ? j * m_ : 0);
+        T* sums =
+            ddown_ != nullptr ? ddown_ + j * m_ : scratch.take<T>(sums_wanted_ ? kBlockColumns * m_ : 0);
         if (sums_wanted_) add_down_slice(j, columns, sums);
         if (last_) store_down_slice(j, columns, sums);
       }
     });
   }
 
-  // Rows j .. of G^T H, and the sums of G's columns.
-  void add_up_slice(int64_t j, int64_t columns) const {
+  // Rows j .. of G^T H into dup_sums, and the sums of G's columns.
+  void add_up_slice(int64_t j, int64_t columns, T* dup_sums) const {
     constexpr int64_t kStride = buffer_stride<T>(kBlockColumns);
     Scratch scratch;
     T* g = scratch.take<T>(kKBlock * kStride);
@@ -280,19 +285,19 @@ class Backward {
       // rows of one panel's width are a panel as they lie
       const T* h = h_ + t * h_stride_;
       if (panels != nullptr) pack_panels(dtype_of<T>(), h, h_stride_, 1, depth, m_, panels);
-      gemm(columns, m_, depth, g, 1, kStride, panels != nullptr ? panels : h, dup_ + j * h_stride_, h_stride_,
+      gemm(columns, m_, depth, g, 1, kStride, panels != nullptr ? panels : h, dup_sums, h_stride_,
            first_ && t == 0 ? Mode::overwrite : Mode::accumulate);
     }
   }
 
-  void store_up_slice(int64_t j, int64_t columns) const {
+  void store_up_slice(int64_t j, int64_t columns, T* dup_sums) const {
     const Vec<T> scale = broadcast(static_cast<T>(p_.scale));
-    if (p_.dup_weight != nullptr) {
-      for (int64_t i = j; i < j + columns; ++i) {
-        T* row = dup_ + i * h_stride_;
-        for (int64_t k = 0; k < h_stride_; k += kLanes<T>) store(row + k, load(row + k) * scale);
-        store_row(p_.param_dtype, row, m_, p_.dup_weight, i * m_);
-      }
+    for (int64_t i = 0; p_.dup_weight != nullptr && i < columns; ++i) {
+      const int64_t at = (j + i) * m_;
+      T* row = dup_sums + i * h_stride_;
+      T* to = p_.param_dtype == dtype_of<T>() ? static_cast<T*>(p_.dup_weight) + at : row;
+      for (int64_t k = 0; k < m_; k += kLanes<T>) store_columns(to, k, m_, load(row + k) * scale);
+      if (to == row) store_row(p_.param_dtype, row, m_, p_.dup_weight, at);
     }
     if (p_.dup_bias != nullptr) {
       for (int64_t i = j; i < j + columns; ++i) dup_bias_[i] *= static_cast<T>(p_.scale);
@@ -388,9 +393,9 @@ class Backward {
 
   // all of them
   T* ddown_bias_ = nullptr;  // (bottleneck)
-  T* dup_ = nullptr;         // (model_dim, bottleneck), before the scale
   T* dup_bias_ = nullptr;    // (model_dim), before the scale
-  T* ddown_ = nullptr;       // [slice of model_dim][bottleneck][kBlockColumns]: D
+  T* dup_ = nullptr;         // (model_dim, bottleneck), before the scale; null if one chunk is all
+  T* ddown_ = nullptr;       // [slice of model_dim][bottleneck][kBlockColumns]: D; likewise
 };
 
 }  // namespace

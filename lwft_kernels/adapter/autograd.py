@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwft_kernels.registration import gradients, register, wanted
+from lwft_kernels.registration import gradients, register, run_backward, wanted
 
 # positions of x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias among the inputs
 _DIFFERENTIABLE = (0, 1, 2, 3, 4, 5, 6)
@@ -89,7 +89,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None
         return tuple(result)
     needs = wanted(ctx.needs_input_grad, _DIFFERENTIABLE)
     if needs:
-        results = torch.ops.lwft.adapter_backward(grad_out, *ctx.saved_tensors, *ctx.constants, needs)
+        results = run_backward("adapter", grad_out, *ctx.saved_tensors, *ctx.constants, needs)
         result[: len(_DIFFERENTIABLE)] = gradients(results, needs)
     if ctx.needs_input_grad[_RESIDUAL]:
         result[_RESIDUAL] = grad_out

@@ -67,16 +67,31 @@ def adapter(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
     """
-    given = {"x": x, "down_weight": down_weight, "up_weight": up_weight}
-    optional = {
-        "down_bias": down_bias,
-        "up_bias": up_bias,
-        "norm_weight": norm_weight,
-        "norm_bias": norm_bias,
-    }
-    for name, value in (*given.items(), *optional.items(), ("residual", residual)):
-        if value is not None or name in given:
+    checks.floating(_OP, "x", x)
+    checks.floating(_OP, "down_weight", down_weight)
+    checks.floating(_OP, "up_weight", up_weight)
+    for name, value in (
+        ("down_bias", down_bias),
+        ("up_bias", up_bias),
+        ("norm_weight", norm_weight),
+        ("norm_bias", norm_bias),
+    ):
+        if value is not None:
             checks.floating(_OP, name, value)
+    if residual is not None and residual is not x:
+        checks.floating(_OP, "residual", residual)
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError(f"{_OP}: norm_bias needs norm_weight; pass ones for a LayerNorm that does not scale")
+
+    residual_is_x = residual is x
+    autocast = checks.autocast_dtype(x.device)
+    if autocast is not None:
+        x = checks.cast(x, autocast)
+        residual = x if residual_is_x else checks.cast(residual, autocast)
+        down_weight, up_weight = checks.cast(down_weight, autocast), checks.cast(up_weight, autocast)
+        down_bias, up_bias = checks.cast(down_bias, autocast), checks.cast(up_bias, autocast)
+        norm_weight, norm_bias = checks.cast(norm_weight, autocast), checks.cast(norm_bias, autocast)
+
     checks.at_least_dims(_OP, "x", x, 1, "(..., d)")
     d = x.shape[-1]
     if d == 0:
@@ -85,32 +100,19 @@ def adapter(
     m = down_weight.shape[0]
     if m == 0:
         raise ValueError(f"{_OP}: down_weight has no rows; the bottleneck m must be at least 1")
-    if norm_bias is not None and norm_weight is None:
-        raise ValueError(f"{_OP}: norm_bias needs norm_weight; pass ones for a LayerNorm that does not scale")
-
-    residual_is_x = residual is x
-    dtype = checks.autocast_dtype(x.device)
-    if dtype is not None:
-        x, down_weight, up_weight = (checks.cast(t, dtype) for t in (x, down_weight, up_weight))  # type: ignore[assignment]
-        down_bias, up_bias, norm_weight, norm_bias = (
-            checks.cast(t, dtype) for t in (down_bias, up_bias, norm_weight, norm_bias)
-        )
-        residual = x if residual_is_x else checks.cast(residual, dtype)
-
+    checks.same_device(_OP, "down_weight", down_weight, "x", x)
+    checks.parameter_dtype(_OP, "down_weight", down_weight, "x", x)
     for name, parameter, shape, meaning in (
-        ("down_weight", down_weight, (m, d), "(m, d)"),
         ("down_bias", down_bias, (m,), "(m,)"),
         ("up_weight", up_weight, (d, m), "(d, m)"),
         ("up_bias", up_bias, (d,), "(d,)"),
         ("norm_weight", norm_weight, (d,), "(d,)"),
         ("norm_bias", norm_bias, (d,), "(d,)"),
     ):
-        if parameter is None:
-            continue
-        checks.shape(_OP, name, parameter, shape, meaning)
-        checks.same_device(_OP, name, parameter, "x", x)
-        checks.parameter_dtype(_OP, name, parameter, "x", x)
-        checks.same_dtype(_OP, name, parameter, "down_weight", down_weight)
+        if parameter is not None:
+            checks.shape(_OP, name, parameter, shape, meaning)
+            checks.same_device(_OP, name, parameter, "x", x)
+            checks.same_dtype(_OP, name, parameter, "down_weight", down_weight)
     if residual is not None and not residual_is_x:
         checks.shape(_OP, "residual", residual, tuple(x.shape), "that of x")
         checks.same_device(_OP, "residual", residual, "x", x)
@@ -126,9 +128,10 @@ def adapter(
             x, down_weight, down_bias, up_weight, up_bias, activation=activation, norm_weight=norm_weight,
             norm_bias=norm_bias, eps=eps, scale=scale, residual=residual, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
+    flat = x if x.dim() == 2 else x.reshape(-1, d)
+    added = None if residual is None or residual_is_x else residual.reshape(-1, d)
     out: Tensor = autograd.adapter(
-        x.reshape(-1, d), down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
-        None if residual is None or residual_is_x else residual.reshape(-1, d), seed,
+        flat, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, added, seed,
         ACTIVATIONS.index(activation), eps, scale, dropout_p, residual_is_x,
     )[0]  # fmt: skip
-    return out.view(x.shape)
+    return out if flat is x else out.view(x.shape)
