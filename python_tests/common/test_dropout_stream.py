@@ -1,4 +1,4 @@
-"""The package's random stream: known answers of Philox, and the vectorised rows of every level against the scalar."""
+"""The random stream: known answers of Philox, and the vectorised rows of every level against the scalar."""
 
 import lwft_harness
 import numpy as np

@@ -1,4 +1,4 @@
-"""csrc/common/cpu/vec_math.h on every instruction set level: errors against extended precision, special values."""
+"""csrc/common/cpu/vec_math.h on every level: errors against extended precision, special values."""
 
 import math
 
