@@ -1,21 +1,22 @@
 // Attention forward on the CPU.
 //
-// A task owns some rows of a HeadGroup (attention_scores.h) and walks once over the keys they see, a block at a time: it
-// packs the block's keys and values into panels, then for each tile of rows
+// A task owns some rows of a HeadGroup (attention_scores.h) and walks once over the keys they see, a block at
+// a time: it packs the block's keys and values into panels, then for each tile of rows
 //     scores = Q K^T,   running softmax of each row,   out = factor * out + P V,
-// with the tile in the cache all the while. Prefix first, then keys; blocks that no row sees are not even packed.
-// Few rows (decoding) go another way: see forward_few.
+// with the tile in the cache all the while. Prefix first, then keys; blocks that no row sees are not even
+// packed. Few rows (decoding) go another way: see forward_few.
 //
-// Memory of a task: q and out of its rows (at most kTaskElements each), two panels of at most kPanelBytes and a tile of
-// scores: under 1 MiB for any length. Tasks depend on the shape alone, so results do not depend on the threads.
+// Memory of a task: q and out of its rows (at most kTaskElements each), two panels of at most kPanelBytes and
+// a tile of scores: under 1 MiB for any length. Tasks depend on the shape alone, so results do not depend on
+// the threads.
 #include "attention/attention_scores.h"
 #include "common/cpu/threads.h"
 
 namespace lwft::LWFT_ISA {
 namespace {
 
-// The tile of scores. Its rows: a multiple of kTileRows. Its keys: the more, the less often `out` is read and written;
-// but it has to stay in the nearer caches, as have the panels.
+// The tile of scores. Its rows: a multiple of kTileRows. Its keys: the more, the less often `out` is read and
+// written; but it has to stay in the nearer caches, as have the panels.
 constexpr int64_t kScoreRows = 48, kBlockKeys = 256;
 constexpr int64_t kPanelBytes = 128 << 10;
 // Rows of a task: the more, the less packing weighs; but q and out have to stay in the second cache.
@@ -41,8 +42,8 @@ int64_t block_keys(int64_t head_dim) {
 
 // out and lse of one row from the sum of exp(score - highest) * v, which is scaled in place.
 template <class T>
-void store_result(const AttentionForward& p, const HeadGroup& group, int64_t row, const RunningSoftmax<T>& softmax,
-                  T* sum) {
+void store_result(const AttentionForward& p, const HeadGroup& group, int64_t row,
+                  const RunningSoftmax<T>& softmax, T* sum) {
   const int64_t d = p.shape.head_dim;
   if (softmax.total == 0) {
     fill(sum, 0, d, T{0});
@@ -53,11 +54,11 @@ void store_result(const AttentionForward& p, const HeadGroup& group, int64_t row
   static_cast<T*>(p.lse)[group.index(row)] = softmax.log_sum_exp();
 }
 
-// One row of a tile: finished scores of the keys `seen`, exponentiated and dropped out; 0 for the other keys from
-// `first` on, `width` in all. Returns the factor of what the row has summed so far.
+// One row of a tile: finished scores of the keys `seen`, exponentiated and dropped out; 0 for the other keys
+// from `first` on, `width` in all. Returns the factor of what the row has summed so far.
 template <class T>
-T softmax_row(const HeadGroup& group, int64_t row, const Segment& segment, Range seen, int64_t first, int64_t width,
-              RunningSoftmax<T>& softmax, T* x) {
+T softmax_row(const HeadGroup& group, int64_t row, const Segment& segment, Range seen, int64_t first,
+              int64_t width, RunningSoftmax<T>& softmax, T* x) {
   const int64_t begin = seen.begin - first, n = seen.size();
   T factor{1};
   if (seen.empty()) {
@@ -85,8 +86,8 @@ struct ForwardBuffers {
   T* scores;                   // (kScoreRows, kScoreStride)
 };
 
-// A row of scores may be overwritten past its end by a vector; and not a power of two, or all rows would meet in the
-// same sets of the cache.
+// A row of scores may be overwritten past its end by a vector; and not a power of two, or all rows would meet
+// in the same sets of the cache.
 template <class T>
 constexpr int64_t kScoreStride = kBlockKeys + 2 * kLanes<T>;
 
@@ -102,8 +103,8 @@ void attend_tile(const HeadGroup& group, const Segment& segment, Range block, Ra
   const int64_t end = seen.end - block.begin;
   const int64_t columns = minimum(round_up(end, kPanelColumns<T>), block.size()) - first;
   T* out = buffers.out + tile_start * d_padded;
-  gemm(tile.size(), columns, d, buffers.q + tile_start * d_padded, d_padded, 1, buffers.key_panels + first * d,
-       buffers.scores, kScoreStride<T>, Mode::overwrite);
+  gemm(tile.size(), columns, d, buffers.q + tile_start * d_padded, d_padded, 1,
+       buffers.key_panels + first * d, buffers.scores, kScoreStride<T>, Mode::overwrite);
   for (int64_t i = 0; i < tile.size(); ++i) {
     const int64_t row = tile.begin + i;
     const T factor =
@@ -164,8 +165,8 @@ template <class T>
 void forward_many(const AttentionForward& p) {
   const Pieces rows = task_rows(p.shape);
   parallel_for(HeadGroup::count(p.shape) * rows.count, [&](int64_t task) {
-    // Later rows of a causal head see more keys. Taken alternately from both ends, any stretch of tasks that a thread is
-    // handed costs about the same.
+    // Later rows of a causal head see more keys. Taken alternately from both ends, any stretch of tasks that
+    // a thread is handed costs about the same.
     const int64_t i = task % rows.count;
     forward_rows<T>(p, HeadGroup(p.shape, p.rule, task / rows.count),
                     rows[i % 2 == 0 ? i / 2 : rows.count - 1 - i / 2]);
@@ -174,9 +175,9 @@ void forward_many(const AttentionForward& p) {
 
 // ---- few rows: decoding ----
 //
-// One token against a long cache only reads the keys and values, once, so nothing is packed; and the keys are split, or
-// there would be too few tasks (Flash-Decoding, Dao et al. 2023). Each task leaves, for each of the R rows, its own
-// softmax state and its own sum over values; they are merged in the order of the keys.
+// One token against a long cache only reads the keys and values, once, so nothing is packed; and the keys are
+// split, or there would be too few tasks (Flash-Decoding, Dao et al. 2023). Each task leaves, for each of the
+// R rows, its own softmax state and its own sum over values; they are merged in the order of the keys.
 
 template <class T>
 struct Partial {
@@ -196,8 +197,8 @@ void attend_few(const AttentionForward& p, const HeadGroup& group, const Segment
   const int64_t score_stride = padded<T>(seen.size()) + kLanes<T>;
   T* scores = scratch.take<T>(rows * score_stride);
   load_queries(group, p.q, {0, rows}, q);
-  dot_rows(rows, seen.size(), d, q, d_padded, p.shape.dtype, segment.key(group, seen.begin), segment.k.stride[2],
-           scores, score_stride, Mode::overwrite);
+  dot_rows(rows, seen.size(), d, q, d_padded, p.shape.dtype, segment.key(group, seen.begin),
+           segment.k.stride[2], scores, score_stride, Mode::overwrite);
   for (int64_t row = 0; row < rows; ++row) {
     softmax_row(group, row, segment, intersect(segment.visible(group, row), seen), seen.begin, seen.size(),
                 softmax[row], scores + row * score_stride);
@@ -216,7 +217,8 @@ void merge_row(const AttentionForward& p, const HeadGroup& group, int64_t row, i
     const RunningSoftmax<T>& part = partial.softmax[chunk * rows + row];
     if (part.total == 0) continue;  // its sum was not written
     const T highest = maximum(whole.highest, part.highest);
-    const T old_factor = exp(broadcast(whole.highest - highest))[0], factor = exp(broadcast(part.highest - highest))[0];
+    const T old_factor = exp(broadcast(whole.highest - highest))[0],
+            factor = exp(broadcast(part.highest - highest))[0];
     whole.highest = highest;
     whole.total = whole.total * old_factor + part.total * factor;
     const T* part_sum = partial.sum + (chunk * rows + row) * d_padded;
@@ -237,14 +239,16 @@ void forward_few(const AttentionForward& p) {
   const Partial<T> partial{scratch.take<RunningSoftmax<T>>(groups * chunks * rows),
                            scratch.take<T>(groups * chunks * rows * d_padded)};
   const auto of_group = [&](int64_t group) {
-    return Partial<T>{partial.softmax + group * chunks * rows, partial.sum + group * chunks * rows * d_padded};
+    return Partial<T>{partial.softmax + group * chunks * rows,
+                      partial.sum + group * chunks * rows * d_padded};
   };
   parallel_for(groups * chunks, [&](int64_t task) {
     const HeadGroup group(p.shape, p.rule, task / chunks);
     const int64_t chunk = task % chunks;
     const bool prefix = chunk < prefix_chunks.count;
     const Partial<T> mine = of_group(task / chunks);
-    attend_few(p, group, Segment(p, prefix), prefix ? prefix_chunks[chunk] : key_chunks[chunk - prefix_chunks.count],
+    attend_few(p, group, Segment(p, prefix),
+               prefix ? prefix_chunks[chunk] : key_chunks[chunk - prefix_chunks.count],
                mine.softmax + chunk * rows, mine.sum + chunk * rows * d_padded);
   });
   parallel_for(groups, [&](int64_t index) {

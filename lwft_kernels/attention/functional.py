@@ -1,4 +1,4 @@
-"""``attention``: scaled dot-product attention with everything lightweight fine-tuning adds to it, in one pass."""
+"""``attention``: scaled dot-product attention with what lightweight fine-tuning adds to it, in one pass."""
 
 from __future__ import annotations
 
@@ -71,38 +71,41 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """dropout(softmax(softcap(scale * q k^T) + bias, masked)) v over prefix and keys; no (S, L) matrix is ever stored.
+    """dropout(softmax(softcap(scale * q k^T) + bias, masked)) v over prefix and keys, no (S, L) matrix.
 
-    Vaswani et al. 2017, eq. 1, computed as FlashAttention-2 (Dao 2023). B batch, H query heads, Hkv key heads (H a
-    multiple of Hkv: grouped-query attention, Ainslie et al. 2023), S queries, L keys, P prefix keys, D head size.
+    Vaswani et al. 2017, eq. 1, computed as FlashAttention-2 (Dao 2023). B batch, H query heads, Hkv key
+    heads (H a multiple of Hkv: grouped-query attention, Ainslie et al. 2023), S queries, L keys, P prefix
+    keys, D head size.
 
     Args:
         q: (B, H, S, D), float64, float32, bfloat16 or float16; any strides, as k and v.
         k, v: (B, Hkv, L, D), the dtype of q. Zero keys are allowed.
-        bias: added to the scores (ALiBi, T5 position bias, an additive mask), broadcastable to (B, H, S, L), in the
-            dtype of q or float32 beside 16-bit q. Its gradient has its own shape.
+        bias: added to the scores (ALiBi, T5 position bias, an additive mask), broadcastable to (B, H, S,
+            L), in the dtype of q or float32 beside 16-bit q. Its gradient has its own shape.
         mask: bool, broadcastable to (B, H, S, L); True = may attend, as in `scaled_dot_product_attention`.
-        prefix_k, prefix_v: (B or 1, Hkv, P, D), the dtype of q: learned keys and values that every query sees whatever
-            the masks say (prefix tuning, Li & Liang 2021). They have no bias, and no position.
+        prefix_k, prefix_v: (B or 1, Hkv, P, D), the dtype of q: learned keys and values that every query
+            sees whatever the masks say (prefix tuning, Li & Liang 2021). They have no bias, and no
+            position.
         scale: factor of the scores; None for 1/sqrt(D).
-        causal: a query sees no later key. Query i stands at i' = i + L - S: the *last* query beside the last key, as in
-            FlashAttention, which is right for a KV cache. `scaled_dot_product_attention(is_causal=True)` puts the
-            *first* query beside the first key; the two agree when S = L.
-        window: a query sees the keys with i' - window < j and, when not causal, j < i' + window (sliding window,
-            Beltagy et al. 2020); at least 1.
-        softcap: scores s become softcap * tanh(s / softcap) before bias and masks (Gemma 2, 2024, section 2); positive.
+        causal: a query sees no later key. Query i stands at i' = i + L - S: the *last* query beside the
+            last key, as in FlashAttention, which is right for a KV cache.
+            `scaled_dot_product_attention(is_causal=True)` puts the *first* query beside the first key; the
+            two agree when S = L.
+        window: a query sees the keys with i' - window < j and, when not causal, j < i' + window (sliding
+            window, Beltagy et al. 2020); at least 1.
+        softcap: scores s become softcap * tanh(s / softcap) before bias and masks (Gemma 2, 2024, section
+            2); positive.
         lengths: (B,) integer, number of valid keys of each sequence; below 0 counts as 0, above L as L.
-        dropout_p: probability of an attention weight to be zeroed. It is applied whenever it is above 0 (as in
-            `scaled_dot_product_attention`): pass 0.0 in evaluation.
-        return_lse: return also the log-sum-exp of each row of scores, over prefix and keys and before dropout, to merge
-            results of parts of the keys; differentiable.
+        dropout_p: probability of an attention weight to be zeroed. It is applied whenever it is above 0 (as
+            in `scaled_dot_product_attention`): pass 0.0 in evaluation.
+        return_lse: return also the log-sum-exp of each row of scores, over prefix and keys and before
+            dropout, to merge results of parts of the keys; differentiable.
 
     Returns:
-        out: (B, H, S, D) in the dtype of q, laid out so that ``out.transpose(1, 2).reshape(B, S, H * D)`` copies nothing.
-        lse (with `return_lse`): (B, H, S), float32, or float64 for float64 inputs.
-        A query that may attend to nothing gets zeros, lse -inf and zero gradients, never NaN.
-
-        Under autocast q, k, v, prefix and bias are cast to its dtype first, as for `scaled_dot_product_attention`.
+        out, (B, H, S, D) in the dtype of q, laid out so that ``out.transpose(1, 2).reshape(B, S, H * D)``
+        copies nothing; with `return_lse` also lse, (B, H, S), float32, or float64 for float64 inputs. A query
+        that may attend to nothing gets zeros, lse -inf and zero gradients, never NaN. Under autocast q, k, v,
+        prefix and bias are cast to its dtype, as for `scaled_dot_product_attention`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
@@ -128,7 +131,8 @@ def attention(
         checks.tensor(_OP, "mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(
-                f"{_OP}: mask must be bool (True = may attend), got {mask.dtype}; pass an additive mask as bias"
+                f"{_OP}: mask must be bool (True = may attend), got {mask.dtype}; pass an additive mask as "
+                "bias"
             )
         mask = _broadcastable("mask", mask, full, q)
     if lengths is not None:
@@ -149,7 +153,8 @@ def attention(
     if not backend.use_native(_OP, q.device):
         return reference.attention(
             q, k, v, bias=bias, mask=mask, prefix_k=prefix_k, prefix_v=prefix_v, scale=scale, causal=causal,
-            window=window, softcap=softcap, lengths=lengths, dropout_p=dropout_p, return_lse=return_lse, seed=seed,
+            window=window, softcap=softcap, lengths=lengths, dropout_p=dropout_p, return_lse=return_lse,
+            seed=seed,
         )  # fmt: skip
     out: Tensor
     lse: Tensor
@@ -171,7 +176,8 @@ def _check_keys(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix
     checks.shape(_OP, "v", v, (batch, kv_heads, keys, head_dim), "(B, Hkv, L, D), that of k,")
     if heads != 0 if kv_heads == 0 else heads % kv_heads != 0:
         raise ValueError(
-            f"{_OP}: the number of heads of q must be a multiple of that of k and v, got {heads} and {kv_heads}"
+            f"{_OP}: the number of heads of q must be a multiple of that of k and v, got {heads} and "
+            f"{kv_heads}"
         )
     if (prefix_k is None) != (prefix_v is None):
         missing, given = ("prefix_k", "prefix_v") if prefix_k is None else ("prefix_v", "prefix_k")
