@@ -5,6 +5,16 @@
 
 from lwft_kernels import functional, nn
 from lwft_kernels.backend import current_backend, reset_stats, stats, use_backend
+from lwft_kernels.integrations import accelerate, explain
 
 __version__ = "0.1.0"
-__all__ = ["current_backend", "functional", "nn", "reset_stats", "stats", "use_backend"]
+__all__ = [
+    "accelerate",
+    "current_backend",
+    "explain",
+    "functional",
+    "nn",
+    "reset_stats",
+    "stats",
+    "use_backend",
+]

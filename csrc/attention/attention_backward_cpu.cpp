@@ -19,8 +19,10 @@ namespace {
 constexpr int64_t kScoreRows = 48, kBlockKeys = 128;
 constexpr int64_t kEnoughTasks = 8;
 constexpr int64_t kChunkBytes = int64_t{64} << 20;
-// Beyond this, lse = highest + log(total) has lost the total (a whole row biased by -3.4e38): then both are found anew.
+// Beyond this, lse = highest + log(total) has lost the total (a whole row biased by -3.4e38).
 constexpr double kLseTooLarge = 1e5;
+// Where the prefix and the keys are so few together, every one weighs much.
+constexpr int64_t kFewKeys = 32;
 template <class T>
 constexpr int64_t kScoreStride = kBlockKeys + 2 * kLanes<T>;
 
@@ -47,6 +49,8 @@ struct BackwardPlan {
   bool sum_batch = false, sum_heads = false;
   int64_t owners;
   Pieces chunks;
+  // The rows' statistics from their scores and dP rather than from lse and out (two products more).
+  bool exact_statistics;
   BiasSums<T> bias;
   T* dq_chunks = nullptr;  // (groups, chunks, rows, padded D) where there is more than one chunk
   T* dprefix_k = nullptr;  // (B, Hkv, P, D) where the prefix is shared
@@ -69,6 +73,10 @@ struct BackwardPlan {
     if (sum_batch) owners = minimum<int64_t>(owners, p.shape.kv_heads);
     if (sum_heads) owners = sum_batch ? minimum<int64_t>(owners, 1) : p.shape.batch;
     cut_chunks(scratch);
+    // Few rows: the forward kernel has summed their scores in another order, and where S is large the rounding error of
+    // S - lse counts. A bias that is the same for all keys: the sum of dS over them all is a difference of equals.
+    exact_statistics = rows <= kFewRows || (p.dbias != nullptr && p.bias_size[3] == 1) ||
+                       (p.shape.prefix > 0 && p.shape.prefix + p.shape.keys <= kFewKeys);
     if (p.dbias != nullptr) place_bias_sums(matrix, scratch);
     if (p.shape.prefix > 0 && p.prefix_batch == 1) {
       const int64_t size = groups * p.shape.prefix * d;
@@ -167,57 +175,127 @@ struct BackwardBuffers {
   }
 };
 
-// ---- statistics of rows ----
+// ---- scores of a tile ----
 
-// The softmax of a row over all its keys, as in the forward pass.
+// scale * q of the rows of a tile, and their grad_out.
 template <class T>
-RunningSoftmax<T> row_softmax(const AttentionBackward& p, const HeadGroup& group, int64_t row, T* q, T* scores) {
-  const int64_t d = p.shape.head_dim;
-  RunningSoftmax<T> softmax;
-  load_queries(group, p.q, {row, row + 1}, q);
-  for (const bool prefix : {true, false}) {
-    const Segment segment(p, prefix);
-    const Range visible = segment.visible(group, row);
-    for (int64_t j = visible.begin; j < visible.end; j += kBlockKeys) {
-      const int64_t n = minimum(kBlockKeys, visible.end - j);
-      dot_rows(1, n, d, q, d, p.shape.dtype, segment.key(group, j), segment.k.stride[2], scores, n, Mode::overwrite);
-      finish_scores(group, row, prefix, j, n, scores);
-      softmax.add(n, scores);
-    }
+void load_tile(const AttentionBackward& p, const HeadGroup& group, Range tile, BackwardBuffers<T>& buffers) {
+  const int64_t d = p.shape.head_dim, d_padded = padded<T>(d);
+  load_queries(group, p.q, tile, buffers.q.row_major);
+  for (int64_t row = tile.begin; row < tile.end; ++row) {
+    T* to = buffers.grad_out.row_major + (row - tile.begin) * d_padded;
+    load_row(p.shape.dtype, p.grad_out.data, group.offset(p.grad_out.stride, row), d, to);
+    fill(to, d, d_padded, T{0});
   }
-  return softmax;
 }
 
-// delta = rowsum(dO * O) - dlse; shift and factor such that P = exp(S - shift) * factor.
+// Raw scores and dP of a tile and `keys` keys, from the packed key `first` on.
 template <class T>
-void row_statistics(const AttentionBackward& p, const HeadGroup& group, const BackwardBuffers<T>& buffers) {
+void score_products(int64_t rows, int64_t keys, int64_t d, int64_t first, BackwardBuffers<T>& buffers) {
+  gemm(rows, keys, d, buffers.q.row_major, padded<T>(d), 1, buffers.keys_transposed + first * d, buffers.scores,
+       kScoreStride<T>, Mode::overwrite);
+  gemm(rows, keys, d, buffers.grad_out.row_major, padded<T>(d), 1, buffers.values_transposed + first * d,
+       buffers.dscores, kScoreStride<T>, Mode::overwrite);
+}
+
+// Raw scores and dP of the keys `seen` of one row become scores and Z * dP. Returns Z, or null without dropout.
+template <class T>
+const T* finish_row(const HeadGroup& group, int64_t row, const Segment& segment, Range seen,
+                    const BackwardBuffers<T>& buffers, T* scores, T* dscores) {
+  const Dropout& dropout = group.rule.dropout;
+  const int64_t n = seen.size();
+  finish_scores(group, row, segment.prefix, seen.begin, n, scores, buffers.slope);
+  fill(dscores, n, padded<T>(n), T{0});
+  if (!dropout.active()) return nullptr;
+  dropout_multipliers(dropout, group.index(row), segment.first_column + seen.begin, n, buffers.multiplier);
+  fill(buffers.multiplier, n, padded<T>(n), T{0});
+  for (int64_t j = 0; j < n; j += kLanes<T>) store(dscores + j, load(dscores + j) * load(buffers.multiplier + j));
+  return buffers.multiplier;
+}
+
+// The softmax of a row and, with the same weights, the sum of Z * dP; block by block.
+template <class T>
+struct RunningDelta {
+  RunningSoftmax<T> softmax;
+  T products = 0;
+
+  void add(int64_t n, T* scores, const T* dscores) {
+    const T factor = softmax.add(n, scores);
+    Vec<T> sums{};
+    for (int64_t j = 0; j < n; j += kLanes<T>) sums = fma(load(scores + j), load(dscores + j), sums);
+    products = products * factor + sum(sums);
+  }
+  T delta(T dlse) const { return softmax.total == 0 ? T{0} : products * softmax.inverse_total() - dlse; }
+};
+
+template <class T>
+T grad_lse(const AttentionBackward& p, const HeadGroup& group, int64_t row) {
+  return p.grad_lse == nullptr ? T{0} : static_cast<const T*>(p.grad_lse)[group.index(row)];
+}
+
+// ---- statistics of rows ----
+//
+//     P = exp(S - shift) * factor,   delta = sum over the keys of P * Z * dP - dlse.
+//
+// As a rule shift is lse, factor 1, and delta rowsum(dO * O) - dlse: nothing of size (S, L) is needed for it. But what
+// it is subtracted from is a dP with other rounding errors, and a rounded `out`; and lse was rounded too. Mostly that
+// does not matter beside the other errors. Where it does, the statistics are taken from all scores and dP of the row.
+
+template <class T>
+void exact_statistics(const AttentionBackward& p, const HeadGroup& group, Range tile, BackwardBuffers<T>& buffers) {
   const int64_t d = p.shape.head_dim;
-  Scratch scratch;
-  T* grad_out_row = scratch.take<T>(padded<T>(d));
-  T* out_row = scratch.take<T>(padded<T>(d));
-  for (int64_t row = 0; row < group.rows(); ++row) {
+  RunningDelta<T> rows[kScoreRows];
+  load_tile(p, group, tile, buffers);
+  for (const bool prefix : {true, false}) {
+    const Segment segment(p, prefix);
+    const Range visible = segment.visible(group, tile);
+    for (int64_t j = visible.begin; j < visible.end; j += kBlockKeys) {
+      const Range block{j, minimum(j + kBlockKeys, visible.end)};
+      pack_panels(p.shape.dtype, segment.key(group, j), 1, segment.k.stride[2], d, block.size(),
+                  buffers.keys_transposed);
+      pack_panels(p.shape.dtype, segment.value(group, j), 1, segment.v.stride[2], d, block.size(),
+                  buffers.values_transposed);
+      score_products(tile.size(), block.size(), d, 0, buffers);
+      for (int64_t i = 0; i < tile.size(); ++i) {
+        const Range seen = intersect(segment.visible(group, tile.begin + i), block);
+        if (seen.empty()) continue;
+        T* scores = buffers.scores + i * kScoreStride<T> + (seen.begin - j);
+        T* dscores = buffers.dscores + i * kScoreStride<T> + (seen.begin - j);
+        finish_row(group, tile.begin + i, segment, seen, buffers, scores, dscores);
+        rows[i].add(seen.size(), scores, dscores);
+      }
+    }
+  }
+  for (int64_t i = 0; i < tile.size(); ++i) {
+    const int64_t row = tile.begin + i;
+    buffers.shift[row] = rows[i].softmax.total == 0 ? kInfinity<T> : rows[i].softmax.highest;
+    buffers.factor[row] = rows[i].softmax.inverse_total();
+    buffers.delta[row] = rows[i].delta(grad_lse<T>(p, group, row));
+  }
+}
+
+template <class T>
+void row_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range tile, BackwardBuffers<T>& buffers) {
+  const AttentionBackward& p = plan.p;
+  const int64_t d = plan.d;
+  T* grad_out_row = buffers.grad_out.row_major;
+  T* out_row = buffers.q.row_major;
+  bool exact = plan.exact_statistics;
+  for (int64_t row = tile.begin; row < tile.end && !exact; ++row) {
     const T lse = static_cast<const T*>(p.lse)[group.index(row)];
-    buffers.shift[row] = lse;
-    buffers.factor[row] = 1;
-    buffers.delta[row] = 0;
-    if (lse == -kInfinity<T>) {  // sees nothing: P = 0
-      buffers.shift[row] = kInfinity<T>;
-      continue;
-    }
-    if (lse > kLseTooLarge || lse < -kLseTooLarge) {
-      const RunningSoftmax<T> softmax = row_softmax(p, group, row, grad_out_row, buffers.dscores);
-      buffers.shift[row] = softmax.highest;
-      buffers.factor[row] = softmax.inverse_total();
-    }
+    exact = lse > kLseTooLarge || (lse < -kLseTooLarge && lse != -kInfinity<T>);
+    const bool sees_nothing = lse == -kInfinity<T>;
     load_row(p.shape.dtype, p.grad_out.data, group.offset(p.grad_out.stride, row), d, grad_out_row);
     load_row(p.shape.dtype, p.out.data, group.offset(p.out.stride, row), d, out_row);
-    fill(grad_out_row, d, padded<T>(d), T{0});
-    fill(out_row, d, padded<T>(d), T{0});
+    fill(grad_out_row, d, plan.d_padded, T{0});
+    fill(out_row, d, plan.d_padded, T{0});
     Vec<T> products{};
     for (int64_t j = 0; j < d; j += kLanes<T>) products = fma(load(grad_out_row + j), load(out_row + j), products);
-    buffers.delta[row] = sum(products);
-    if (p.grad_lse != nullptr) buffers.delta[row] -= static_cast<const T*>(p.grad_lse)[group.index(row)];
+    buffers.shift[row] = sees_nothing ? kInfinity<T> : lse;  // P = 0
+    buffers.factor[row] = 1;
+    buffers.delta[row] = sees_nothing ? T{0} : sum(products) - grad_lse<T>(p, group, row);
   }
+  if (exact) exact_statistics(p, group, tile, buffers);
 }
 
 // ---- a tile ----
@@ -230,21 +308,6 @@ void weigh(int64_t n, const Weight& weight, T delta, const T* multiplier, T* sco
     store(scores + j, multiplier == nullptr ? p : p * load(multiplier + j));
     store(dscores + j, p * (load(dscores + j) - delta));
   }
-}
-
-// The same for a row all of whose keys are in the tile, where the softmax can be had from the scores themselves, and
-//     delta = sum over the keys of P * Z * dP - dlse
-// from the very dP it is subtracted from. The two cancel then as they should: with a single key dS is exactly 0, while
-// delta from a rounded `out` leaves noise.
-template <class T>
-void weigh_whole_row(int64_t n, T dlse, const T* multiplier, T* scores, T* dscores) {
-  RunningSoftmax<T> softmax;
-  softmax.add(n, scores);
-  Vec<T> products{};
-  for (int64_t j = 0; j < n; j += kLanes<T>) products = fma(load(scores + j), load(dscores + j), products);
-  const T factor = softmax.inverse_total();
-  const T delta = softmax.total == 0 ? T{0} : sum(products) * factor - dlse;
-  weigh(n, [factor](Vec<T> e) { return e * factor; }, delta, multiplier, scores, dscores);
 }
 
 // Whether all that a row sees is in this block.
@@ -280,23 +343,14 @@ void score_gradient_row(const BackwardPlan<T>& plan, const HeadGroup& group, int
     fill(dscores, 0, width, T{0});
     return;
   }
-  const AttentionRule& rule = group.rule;
   const int64_t begin = seen.begin - first, n = seen.size();
-  finish_scores(group, row, segment.prefix, seen.begin, n, scores + begin, buffers.slope);
-  fill(dscores, begin + n, begin + padded<T>(n), T{0});
-  const T* multiplier = nullptr;
-  if (rule.dropout.active()) {
-    multiplier = buffers.multiplier;
-    dropout_multipliers(rule.dropout, group.index(row), segment.first_column + seen.begin, n, buffers.multiplier);
-    fill(buffers.multiplier, n, padded<T>(n), T{0});
-    for (int64_t j = 0; j < n; j += kLanes<T>) {
-      store(dscores + begin + j, load(dscores + begin + j) * load(multiplier + j));
-    }
-  }
+  const T* multiplier = finish_row(group, row, segment, seen, buffers, scores + begin, dscores + begin);
   if (is_whole(group, row, segment, block)) {
-    const T* grad_lse = static_cast<const T*>(plan.p.grad_lse);
-    const T dlse = grad_lse == nullptr ? T{0} : grad_lse[group.index(row)];
-    weigh_whole_row(n, dlse, multiplier, scores + begin, dscores + begin);
+    // The exact statistics cost next to nothing here.
+    RunningDelta<T> whole;
+    whole.add(n, scores + begin, dscores + begin);
+    const T factor = whole.softmax.inverse_total(), delta = whole.delta(grad_lse<T>(plan.p, group, row));
+    weigh(n, [factor](Vec<T> e) { return e * factor; }, delta, multiplier, scores + begin, dscores + begin);
   } else {
     const T shift = buffers.shift[row], factor = buffers.factor[row];
     weigh(n, [=](Vec<T> score) { return exp(score - shift) * factor; }, buffers.delta[row], multiplier,
@@ -305,7 +359,7 @@ void score_gradient_row(const BackwardPlan<T>& plan, const HeadGroup& group, int
   if (plan.bias.data != nullptr && !segment.prefix) {
     add_bias_gradient(plan.bias, plan.bias.row(group, row, chunk), seen.begin, n, dscores + begin);
   }
-  if (rule.softcap > 0) {
+  if (group.rule.softcap > 0) {
     for (int64_t j = 0; j < n; j += kLanes<T>) {
       store(dscores + begin + j, load(dscores + begin + j) * load(buffers.slope + j));
     }
@@ -327,16 +381,8 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
   const int64_t end = seen.end - block.begin, width = end - first;
   const int64_t columns = minimum(round_up(end, kPanelColumns<T>), block.size()) - first;
 
-  load_queries(group, p.q, tile, buffers.q.row_major);
-  for (int64_t i = 0; i < count; ++i) {
-    T* to = buffers.grad_out.row_major + i * d_padded;
-    load_row(p.shape.dtype, p.grad_out.data, group.offset(p.grad_out.stride, tile.begin + i), d, to);
-    fill(to, d, d_padded, T{0});
-  }
-  gemm(count, columns, d, buffers.q.row_major, d_padded, 1, buffers.keys_transposed + first * d, buffers.scores,
-       kScoreStride<T>, Mode::overwrite);
-  gemm(count, columns, d, buffers.grad_out.row_major, d_padded, 1, buffers.values_transposed + first * d,
-       buffers.dscores, kScoreStride<T>, Mode::overwrite);
+  load_tile(p, group, tile, buffers);
+  score_products(count, columns, d, first, buffers);
   for (int64_t i = 0; i < count; ++i) {
     score_gradient_row(plan, group, tile.begin + i, segment, chunk, block, block.begin + first, width, buffers,
                        buffers.scores + i * kScoreStride<T>, buffers.dscores + i * kScoreStride<T>);
@@ -435,7 +481,7 @@ void group_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_
                      : plan.dq_chunk(group.batch * plan.p.shape.kv_heads + group.kv_head, chunk);
     fill(buffers.dq, 0, size, T{0});
   }
-  row_statistics(plan.p, group, buffers);
+  for (int64_t t = 0; t < plan.tiles.count; ++t) row_statistics(plan, group, plan.tiles[t], buffers);
   for (int64_t i = plan.chunks[chunk].begin; i < plan.chunks[chunk].end; ++i) {
     if (i < plan.prefix_blocks.count + plan.key_blocks.count) block_gradients(plan, group, i, chunk, buffers);
   }

@@ -22,8 +22,8 @@ constexpr int64_t kPanelBytes = 128 << 10;
 constexpr int64_t kTaskRows = 480, kTaskElements = 32 << 10;
 // Where there are few heads, tasks become smaller, down to kFewestTaskRows, until there are so many.
 constexpr int64_t kEnoughTasks = 8, kFewestTaskRows = 96;
-// Up to so many rows per key head, keys are not worth packing.
-constexpr int64_t kFewRows = 8, kFewRowsKeys = 512;
+// Keys of a task where there are few rows.
+constexpr int64_t kFewRowsKeys = 512;
 
 Pieces task_rows(const AttentionShape& shape) {
   const int64_t rows = HeadGroup::rows(shape), groups = maximum<int64_t>(HeadGroup::count(shape), 1);

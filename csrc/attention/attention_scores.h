@@ -12,6 +12,10 @@ namespace lwft::LWFT_ISA {
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
+// Up to so many rows per key head, the forward kernel does not pack the keys: its scores are then summed in another order
+// than the products of the backward kernel.
+constexpr int64_t kFewRows = 8;
+
 // begin .. end - 1
 struct Range {
   int64_t begin, end;

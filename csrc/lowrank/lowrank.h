@@ -11,7 +11,7 @@ namespace lwft {
 struct LowRankForward {
   int64_t tokens, in_features, rank, out_features, adapters;
   DType x_dtype, out_dtype, bias_dtype;
-  DType param_dtype;  // of A, B and hidden
+  DType param_dtype;  // of A and B
   const void* x;      // (tokens, in_features), unit stride along in_features
   int64_t x_row_stride;
   const void* a;                 // (adapters, rank, in_features) contiguous
@@ -23,7 +23,9 @@ struct LowRankForward {
   bool accumulate;  // out += the product, instead of out = bias + the product
   void* out;        // (tokens, out_features), unit stride along out_features; shares no memory with x
   int64_t out_row_stride;
-  void* hidden;  // (tokens, rank) contiguous: dropout(x) A^T, unscaled; 0 for a row without adapter
+  void*
+      hidden;  // (tokens, rank) contiguous, of accumulate_dtype(param_dtype): dropout(x) A^T, unscaled and not
+               // rounded to 16 bits, which would cost dB twice the error; 0 for a row without adapter
 };
 
 struct LowRankBackward {

@@ -25,11 +25,12 @@ namespace {
 constexpr int64_t kBlockRows = 48, kLeastBlockRows = 2 * kTileRows;
 // A short batch is cut into about so many blocks, for as many threads.
 constexpr int64_t kBlocks = 32;
-// The wide side of a product is walked in steps of kDepth columns where it is summed over, and of kColumns where it
-// is written: one block of the dropout stream, and whole panels on every level.
-constexpr int64_t kDepth = 128, kColumns = kPhiloxColumns;
+// Columns of a wide matrix that are written in one step: one block of the dropout stream, whole panels on every level.
+constexpr int64_t kColumns = kPhiloxColumns;
 static_assert(kColumns % kPanelColumns<float> == 0 && kColumns % kPanelColumns<double> == 0);
-static_assert(kDepth % kColumns == 0 && kDepth <= kKBlock);
+// Columns that are summed over in one step. A chain of so many additions is as accurate as the vendor's.
+constexpr int64_t kDepth = 64, kDotDepth = kKBlock;
+static_assert(kDepth % kColumns == 0 && kDotDepth % kDepth == 0);
 // An adapter with so few tokens is read where it lies: it would be packed for one use.
 constexpr int64_t kFewRows = 8;
 // Partial sums of dA, dB and dbias.
@@ -140,73 +141,103 @@ struct Factor {
   }
 };
 
-// `deep` (wide side, rank) and `wide` (rank, wide side) for each group: packed where the group is worth it, else null.
+// A rank of half a vector or less: sums over vectors of the wide side waste no lanes, sums over a broadcast would.
 template <class T>
-struct Panels {
+constexpr bool by_dots(int64_t rank) {
+  return 2 * rank <= kLanes<T>;
+}
+
+// The factors of each group as a product wants them, `deep` (wide side, rank) and `wide` (rank, wide side); null where
+// a factor is read as it lies. `deep` is packed in steps of kDepth, or is its transpose by rows where by_dots.
+template <class T>
+struct Packed {
   T** deep;
   T** wide;
 };
 
 template <class T>
-Panels<T> pack_factors(const Plan& plan, const Factor& deep, const Factor& wide, Scratch& scratch) {
+void pack_deep(const Factor& deep, int64_t adapter, int64_t begin, int64_t end, T* to) {
+  if (by_dots<T>(deep.n)) {
+    for (int64_t j = 0; j < deep.n; ++j) {
+      load_row(deep.dtype, deep.element(adapter, begin, j), 0, end - begin, to + j * deep.k + begin,
+               deep.row_stride);
+    }
+    return;
+  }
+  for (int64_t i = begin; i < end; i += kDepth) {
+    pack_panels(deep.dtype, deep.element(adapter, i, 0), deep.row_stride, deep.col_stride,
+                minimum(kDepth, end - i), deep.n, to + i * padded<T>(deep.n));
+  }
+}
+
+template <class T>
+Packed<T> pack_factors(const Plan& plan, const Factor& deep, const Factor& wide, Scratch& scratch) {
   const int64_t adapters = plan.groups - 1;
-  Panels<T> panels{scratch.take<T*>(plan.groups), scratch.take<T*>(plan.groups)};
-  int64_t* const packed = scratch.take<int64_t>(adapters);
+  const bool deep_lies_right = by_dots<T>(deep.n) && deep.row_stride == 1 && deep.dtype == dtype_of<T>();
+  Packed<T> packed{scratch.take<T*>(plan.groups), scratch.take<T*>(plan.groups)};
+  int64_t* const used = scratch.take<int64_t>(adapters);
   int64_t count = 0;
   for (int64_t group = 0; group < plan.groups; ++group) {
-    panels.deep[group] = panels.wide[group] = nullptr;
+    packed.deep[group] = packed.wide[group] = nullptr;
     if (group == adapters || plan.tokens(group) <= kFewRows) continue;
-    panels.deep[group] = scratch.take<T>(panel_size<T>(deep.k, deep.n));
-    panels.wide[group] = scratch.take<T>(panel_size<T>(wide.k, wide.n));
-    packed[count++] = group;
+    if (!deep_lies_right) packed.deep[group] = scratch.take<T>(panel_size<T>(deep.k, deep.n));
+    packed.wide[group] = scratch.take<T>(panel_size<T>(wide.k, wide.n));
+    used[count++] = group;
   }
-  const int64_t deep_tasks = ceil_div(deep.k, kPackColumns), wide_tasks = ceil_div(wide.n, kPackColumns);
-  const int64_t each = deep_tasks + wide_tasks;
+  const int64_t deep_tasks = deep_lies_right ? 0 : ceil_div(deep.k, kPackColumns);
+  const int64_t each = deep_tasks + ceil_div(wide.n, kPackColumns);
   run(count * each, count * deep.n * (deep.k + wide.n), [&](int64_t task) {
-    const int64_t group = packed[task / each], part = task % each;
+    const int64_t group = used[task / each], part = task % each;
     if (part < deep_tasks) {
-      const int64_t end = minimum((part + 1) * kPackColumns, deep.k);
-      for (int64_t i = part * kPackColumns; i < end; i += kDepth) {
-        pack_panels(deep.dtype, deep.element(group, i, 0), deep.row_stride, deep.col_stride,
-                    minimum(kDepth, end - i), deep.n, panels.deep[group] + i * padded<T>(deep.n));
-      }
+      const int64_t begin = part * kPackColumns;
+      pack_deep(deep, group, begin, minimum(begin + kPackColumns, deep.k), packed.deep[group]);
     } else {
       const int64_t j = (part - deep_tasks) * kPackColumns;
       pack_panels(wide.dtype, wide.element(group, 0, j), wide.row_stride, wide.col_stride, wide.k,
-                  minimum(kPackColumns, wide.n - j), panels.wide[group] + j * wide.k);
+                  minimum(kPackColumns, wide.n - j), packed.wide[group] + j * wide.k);
     }
   });
-  return panels;
+  return packed;
+}
+
+// How many columns of the wide side into_middle sums over at a time.
+template <class T>
+int64_t depth_step(const Factor& deep, const T* packed) {
+  if (by_dots<T>(deep.n) || (packed == nullptr && deep.row_stride == 1)) return kDotDepth;
+  return kDepth;
 }
 
 // middle (rows, rank) += view (rows, depth) deep[i .. i + depth, :], or = for i == 0.
 template <class T>
-void into_middle(const Factor& deep, const T* panels, int64_t adapter, int64_t rows, Tile<T> view, int64_t i,
+void into_middle(const Factor& deep, const T* packed, int64_t adapter, int64_t rows, Tile<T> view, int64_t i,
                  int64_t depth, T* middle, int64_t middle_stride) {
   const Mode mode = i == 0 ? Mode::overwrite : Mode::accumulate;
-  if (panels != nullptr) {
-    gemm(rows, deep.n, depth, view.data, view.row_stride, 1, panels + i * padded<T>(deep.n), middle,
+  if (packed != nullptr && by_dots<T>(deep.n)) {
+    dot_rows(rows, deep.n, depth, view.data, view.row_stride, dtype_of<T>(), packed + i, deep.k, middle,
+             middle_stride, mode);
+  } else if (packed != nullptr) {
+    gemm(rows, deep.n, depth, view.data, view.row_stride, 1, packed + i * padded<T>(deep.n), middle,
          middle_stride, mode);
-  } else if (deep.col_stride == 1) {
-    combine_rows(rows, deep.n, depth, view.data, view.row_stride, deep.dtype, deep.element(adapter, i, 0),
-                 deep.row_stride, middle, middle_stride, mode);
-  } else {
+  } else if (deep.row_stride == 1) {
     dot_rows(rows, deep.n, depth, view.data, view.row_stride, deep.dtype, deep.element(adapter, i, 0),
              deep.col_stride, middle, middle_stride, mode);
+  } else {
+    combine_rows(rows, deep.n, depth, view.data, view.row_stride, deep.dtype, deep.element(adapter, i, 0),
+                 deep.row_stride, middle, middle_stride, mode);
   }
 }
 
 // result (rows, n) (+)= middle (rows, rank) wide[:, j .. j + n], n <= kColumns. `scratch` is for rank * kColumns.
 template <class T>
-void out_of_middle(const Factor& wide, const T* panels, int64_t adapter, int64_t rows, const T* middle,
+void out_of_middle(const Factor& wide, const T* packed, int64_t adapter, int64_t rows, const T* middle,
                    int64_t middle_stride, int64_t j, int64_t n, T* result, int64_t result_stride, Mode mode,
                    T* scratch) {
-  if (panels != nullptr) {
-    panels += j * wide.k;
+  const T* panels = scratch;
+  if (packed != nullptr) {
+    panels = packed + j * wide.k;
   } else {
     pack_panels(wide.dtype, wide.element(adapter, 0, j), wide.row_stride, wide.col_stride, wide.k, n,
                 scratch);
-    panels = scratch;
   }
   gemm(rows, n, wide.k, middle, middle_stride, 1, panels, result, result_stride, mode);
 }
@@ -226,7 +257,7 @@ class Forward {
         plan(make_plan(p.tokens, p.adapters, p.adapter_index, scratch)),
         down{p.param_dtype, p.a, p.in_features, p.rank, 1, p.in_features},
         up{p.param_dtype, p.b, p.rank, p.out_features, 1, p.rank},
-        panels(pack_factors<T>(plan, down, up, scratch)),
+        packed(pack_factors<T>(plan, down, up, scratch)),
         middle_stride(padded<T>(p.rank)) {
     if (p.bias != nullptr && !p.accumulate) {
       bias = scratch.take<T>(p.out_features);
@@ -268,15 +299,18 @@ class Forward {
       __builtin_memset(middle, 0, static_cast<size_t>(block.rows * middle_stride) * sizeof(T));
     } else {
       Scratch local;
-      T* const columns = local.take<T>(block.rows * kDepth);
-      for (int64_t k0 = 0; k0 < p.in_features; k0 += kDepth) {
-        const int64_t depth = minimum(kDepth, p.in_features - k0);
-        into_middle(down, panels.deep[block.group], block.group, block.rows, input(block, k0, depth, columns),
-                    k0, depth, middle, middle_stride);
+      const T* const deep = packed.deep[block.group];
+      const int64_t step = depth_step(down, deep);
+      T* const columns = local.take<T>(block.rows * step);
+      for (int64_t k0 = 0; k0 < p.in_features; k0 += step) {
+        const int64_t depth = minimum(step, p.in_features - k0);
+        into_middle(down, deep, block.group, block.rows, input(block, k0, depth, columns), k0, depth, middle,
+                    middle_stride);
       }
     }
     for (int64_t i = 0; i < block.rows; ++i) {
-      store_row(p.param_dtype, middle + i * middle_stride, p.rank, p.hidden, plan.token(block, i) * p.rank);
+      T* const hidden = static_cast<T*>(p.hidden) + plan.token(block, i) * p.rank;
+      __builtin_memcpy(hidden, middle + i * middle_stride, static_cast<size_t>(p.rank) * sizeof(T));
     }
     scale_rows(block.rows, middle_stride, static_cast<T>(p.scale), middle);
   }
@@ -296,7 +330,7 @@ class Forward {
   void write_out(const Block& block, const T* middle, int64_t begin, int64_t end) const {
     Scratch local;
     T* const tile = local.take<T>(block.rows * kColumns);
-    T* const packed = local.take<T>(panel_size<T>(p.rank, kColumns));
+    T* const panels = local.take<T>(panel_size<T>(p.rank, kColumns));
     // Sums may go straight to out where it holds them as they are and nothing but them is added.
     const bool adds_only = p.out_dtype == dtype_of<T>() && has_adapter(block) &&
                            (p.accumulate || bias == nullptr) && plan.contiguous(block);
@@ -308,8 +342,8 @@ class Forward {
       const int64_t result_stride = straight ? p.out_row_stride : kColumns;
       const Mode mode = straight && p.accumulate ? Mode::accumulate : Mode::overwrite;
       if (has_adapter(block)) {
-        out_of_middle(up, panels.wide[block.group], block.group, block.rows, middle, middle_stride, j, n,
-                      result, result_stride, mode, packed);
+        out_of_middle(up, packed.wide[block.group], block.group, block.rows, middle, middle_stride, j, n,
+                      result, result_stride, mode, panels);
       } else {
         if (p.accumulate) return;
         __builtin_memset(tile, 0, static_cast<size_t>(block.rows * kColumns) * sizeof(T));
@@ -346,7 +380,7 @@ class Forward {
   const LowRankForward& p;
   const Plan plan;
   const Factor down, up;  // A^T (in_features, rank) and B^T (rank, out_features)
-  const Panels<T> panels;
+  const Packed<T> packed;
   const int64_t middle_stride;
   T* bias = nullptr;
 };
@@ -366,7 +400,7 @@ class Backward {
         out_stride(padded<T>(p.out_features)) {}
 
   void run_all() {
-    if (p.dx != nullptr || p.da != nullptr) panels = pack_factors<T>(plan, up, down, scratch);
+    if (p.dx != nullptr || p.da != nullptr) packed = pack_factors<T>(plan, up, down, scratch);
     make_chunks();
     const int64_t work = p.tokens * p.rank * (p.in_features + p.out_features);
     run(chunk_count, 2 * work, [&](int64_t chunk) {
@@ -433,23 +467,25 @@ class Backward {
   // middle = dy B, dB^T (+)= hidden^T dy, dbias (+)= the sum of dy.
   void walk_grad_out(const Block& block, const Chunk& chunk, Mode mode, T* middle) const {
     Scratch local;
-    T* const columns = local.take<T>(block.rows * kDepth);
-    T* const packed = local.take<T>(panel_size<T>(block.rows, kDepth));
+    const T* const deep = middle != nullptr ? packed.deep[block.group] : nullptr;
+    const int64_t step = middle != nullptr ? depth_step(up, deep) : kDotDepth;
+    T* const columns = local.take<T>(block.rows * step);
+    T* const panels = local.take<T>(panel_size<T>(block.rows, step));
     Tile<T> hidden{};
     if (chunk.db != nullptr) {
-      hidden = view_columns(plan, block, p.param_dtype, p.hidden, p.rank, 0, p.rank,
+      hidden = view_columns(plan, block, dtype_of<T>(), p.hidden, p.rank, 0, p.rank,
                             local.take<T>(block.rows * p.rank));
     }
-    for (int64_t j = 0; j < p.out_features; j += kDepth) {
-      const int64_t n = minimum(kDepth, p.out_features - j);
+    for (int64_t j = 0; j < p.out_features; j += step) {
+      const int64_t n = minimum(step, p.out_features - j);
       const Tile<T> dy =
           view_columns(plan, block, p.out_dtype, p.grad_out, p.grad_out_row_stride, j, n, columns);
       if (middle != nullptr) {
-        into_middle(up, panels.deep[block.group], block.group, block.rows, dy, j, n, middle, middle_stride);
+        into_middle(up, deep, block.group, block.rows, dy, j, n, middle, middle_stride);
       }
       if (chunk.db != nullptr) {
-        pack_panels(dtype_of<T>(), dy.data, dy.row_stride, 1, block.rows, n, packed);
-        gemm(p.rank, n, block.rows, hidden.data, 1, hidden.row_stride, packed, chunk.db + j, out_stride,
+        pack_panels(dtype_of<T>(), dy.data, dy.row_stride, 1, block.rows, n, panels);
+        gemm(p.rank, n, block.rows, hidden.data, 1, hidden.row_stride, panels, chunk.db + j, out_stride,
              mode);
       }
       if (chunk.dbias != nullptr) sum_rows(block.rows, n, dy, chunk.dbias + j, mode);
@@ -457,13 +493,21 @@ class Backward {
   }
 
   static void sum_rows(int64_t rows, int64_t n, Tile<T> values, T* sums, Mode mode) {
-    constexpr int64_t N = kLanes<T>;
+    constexpr int64_t N = kLanes<T>, kChains = 4;  // as many additions under way, and short chains are exact
     for (int64_t c = 0; c < n; c += N) {
       const int64_t count = minimum(N, n - c);
-      Vec<T> sum{};
-      for (int64_t i = 0; i < rows; ++i) {
-        sum += count == N ? load(values.row(i) + c) : load_first(values.row(i) + c, count);
+      const auto part = [&](int64_t i) {
+        const T* const from = values.row(i) + c;
+        return count == N ? load(from) : load_first(from, count);
+      };
+      Vec<T> chain[kChains] = {};
+      int64_t i = 0;
+      for (; i + kChains <= rows; i += kChains) {
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < kChains; ++k) chain[k] += part(i + k);
       }
+      for (; i < rows; ++i) chain[0] += part(i);
+      const Vec<T> sum = (chain[0] + chain[1]) + (chain[2] + chain[3]);
       store(sums + c, mode == Mode::overwrite ? sum : load(sums + c) + sum);
     }
   }
@@ -474,8 +518,8 @@ class Backward {
     Scratch local;
     T* const mask = p.dropout.active() ? local.take<T>(rows * kColumns) : nullptr;
     T* const tile = local.take<T>(rows * kColumns);
-    T* const packed_x = local.take<T>(panel_size<T>(rows, kColumns));
-    T* const packed_a = local.take<T>(panel_size<T>(p.rank, kColumns));
+    T* const x_panels = local.take<T>(panel_size<T>(rows, kColumns));
+    T* const a_panels = local.take<T>(panel_size<T>(p.rank, kColumns));
     for (int64_t j = 0; j < p.in_features; j += kColumns) {
       const int64_t n = minimum(kColumns, p.in_features - j);
       if (mask != nullptr) {
@@ -485,12 +529,12 @@ class Backward {
       }
       if (chunk.da != nullptr) {
         const Tile<T> x = masked_input(block, j, n, mask, tile);
-        pack_panels(dtype_of<T>(), x.data, x.row_stride, 1, rows, n, packed_x);
-        gemm(p.rank, n, rows, middle, 1, middle_stride, packed_x, chunk.da + j, in_stride, mode);
+        pack_panels(dtype_of<T>(), x.data, x.row_stride, 1, rows, n, x_panels);
+        gemm(p.rank, n, rows, middle, 1, middle_stride, x_panels, chunk.da + j, in_stride, mode);
       }
       if (p.dx != nullptr) {
-        out_of_middle(down, panels.wide[block.group], block.group, rows, middle, middle_stride, j, n, tile,
-                      kColumns, Mode::overwrite, packed_a);
+        out_of_middle(down, packed.wide[block.group], block.group, rows, middle, middle_stride, j, n, tile,
+                      kColumns, Mode::overwrite, a_panels);
         for (int64_t i = 0; i < rows; ++i) {
           T* const row = tile + i * kColumns;
           if (mask != nullptr) multiply_row(n, mask + i * kColumns, row);
@@ -586,7 +630,7 @@ class Backward {
   const Plan plan;
   const Factor up, down;  // B (out_features, rank) and A (rank, in_features)
   const int64_t middle_stride, in_stride, out_stride;
-  Panels<T> panels{};
+  Packed<T> packed{};
   Chunk* chunks = nullptr;
   int64_t* group_chunk = nullptr;  // (groups + 1): where a group's chunks start in `chunks`
   int64_t chunk_count = 0;

@@ -64,7 +64,7 @@ Tensor forward_into(const Tensor& out, bool accumulate, const Tensor& x, const M
   p.out = out.mutable_data_ptr();
   p.out_dtype = dtype_of(out);
   p.out_row_stride = out.stride(0);
-  Tensor hidden = empty(x, {p.tokens, p.rank}, p.param_dtype);
+  Tensor hidden = empty(x, {p.tokens, p.rank}, accumulate_dtype(p.param_dtype));
   p.hidden = hidden.mutable_data_ptr();
   cpu_kernels().lowrank->forward(p);
   return hidden;

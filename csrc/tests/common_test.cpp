@@ -144,9 +144,39 @@ void test_tasks(const lwft::Probes& probes, const char* isa) {
   lwft::set_parallel_for(nullptr);
 }
 
+// What scopes inside scopes take stays apart and intact, also where the outer one took nothing yet, where
+// blocks are added and where they are too large to keep.
+void test_scratch() {
+  const lwft::WorkspaceMark outermost = lwft::workspace_mark();
+  for (const size_t bytes : {size_t{1}, size_t{100}, size_t{300} << 10, size_t{40} << 20}) {
+    const lwft::WorkspaceMark outer = lwft::workspace_mark();
+    for (int round = 0; round < 3; ++round) {
+      const lwft::WorkspaceMark middle = lwft::workspace_mark();
+      auto* const first = static_cast<char*>(lwft::workspace_take(bytes, 1));
+      first[0] = first[bytes - 1] = 'a';
+      const lwft::WorkspaceMark inner = lwft::workspace_mark();
+      auto* const second = static_cast<char*>(lwft::workspace_take(2 * bytes, 1));
+      second[0] = second[2 * bytes - 1] = 'b';
+      lwft::workspace_release(inner);
+      auto* const third = static_cast<double*>(lwft::workspace_take(3, sizeof(double)));
+      third[0] = third[2] = 1.5;
+      check(first[0] == 'a' && first[bytes - 1] == 'a', "any level", "scratch of a scope still open");
+      for (const void* piece :
+           {static_cast<void*>(first), static_cast<void*>(second), static_cast<void*>(third)}) {
+        check(reinterpret_cast<uintptr_t>(piece) % 64 == 0, "any level", "alignment of scratch");
+      }
+      lwft::workspace_release(middle);
+    }
+    lwft::workspace_release(outer);
+  }
+  lwft::workspace_release(outermost);
+}
+
 }  // namespace
 
 int main() {
+  test_scratch();
+  std::thread(test_scratch).join();
   for (int i = 0; i < lwft::cpu_level_count(); ++i) {
     if (!lwft::cpu_level_runs_here(i)) continue;
     const char* isa = lwft::cpu_level(i).isa;

@@ -26,14 +26,20 @@ def _results(needs: int, *likes: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor
     )
 
 
+def _hidden(x: Tensor, down: Tensor) -> Tensor:
+    """(T, r), not rounded to 16 bits."""
+    return down.new_empty(
+        x.shape[0], down.shape[-2], dtype=torch.promote_types(down.dtype, torch.float32)
+    )
+
+
 # ---- low_rank_linear(x, down_weight, up_weight, bias) ----
 
 
 def _low_rank_forward_fake(
     x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    tokens = x.shape[0]
-    return x.new_empty(tokens, up_weight.shape[0]), down_weight.new_empty(tokens, down_weight.shape[0])
+    return x.new_empty(x.shape[0], up_weight.shape[0]), _hidden(x, down_weight)
 
 
 def _low_rank_backward_fake(
@@ -85,7 +91,7 @@ def _lora_linear_forward_fake(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0]), lora_a.new_empty(x.shape[0], lora_a.shape[-2])
+    return x.new_empty(x.shape[0], weight.shape[0]), _hidden(x, lora_a)
 
 
 def _lora_linear_backward_fake(
@@ -148,8 +154,7 @@ def _lora_delta_forward_fake(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    hidden = lora_a.new_empty(x.shape[0], lora_a.shape[-2])
-    return base_out.new_empty(tuple(base_out.shape)), hidden
+    return base_out.new_empty(tuple(base_out.shape)), _hidden(x, lora_a)
 
 
 def _lora_delta_backward_fake(

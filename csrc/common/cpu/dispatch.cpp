@@ -6,6 +6,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace lwft {
 
 #define X(level)                                   \
@@ -26,13 +30,20 @@ constexpr CpuKernels kLevels[] = {LWFT_ISA_LEVELS};
 #undef X
 constexpr int kLevelCount = sizeof(kLevels) / sizeof(kLevels[0]);
 
+#if defined(__x86_64__)
+// For clang, to whose __builtin_cpu_supports "f16c" is no feature.
+bool has_f16c() {
+  unsigned eax, ebx, ecx = 0, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 // __builtin_cpu_supports also asks whether the operating system saves the registers.
 bool runs_here(const char* isa) {
   if (std::strcmp(isa, "baseline") == 0) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (std::strcmp(isa, "avx2") == 0) return avx2;

@@ -6,60 +6,61 @@
 
 namespace lwft::LWFT_ISA {
 
-using PhiloxVec = Vec<uint32_t>;
+// A word of Philox per 64-bit lane, in its low half; what the high half holds does not matter. The machine
+// multiplies words just so, and no lane has to change its place between the rounds.
+using PhiloxLanes = Vec<uint64_t>;
 
-// The 64-bit products of the lanes of a with m, as high and low words.
-inline void multiply_wide(PhiloxVec a, uint32_t m, PhiloxVec& high, PhiloxVec& low) {
-#if defined(__x86_64__)
-  // The machine multiplies the even lanes, leaving 64 bits each; the odd ones are shifted down for a second
-  // turn.
-  using Wide = Vec<uint64_t>;
-  const Wide lanes = bit_cast<Wide>(a), multiplier = broadcast<uint64_t>(m);
+// The 64-bit products of the low halves.
+inline PhiloxLanes multiply_low_halves(PhiloxLanes a, uint32_t multiplier) {
 #if defined(__AVX512F__)
-  const Wide even = (Wide)_mm512_maskz_mul_epu32(0xFF, (__m512i)lanes, (__m512i)multiplier);
-  const Wide odd = (Wide)_mm512_maskz_mul_epu32(0xFF, (__m512i)(lanes >> 32), (__m512i)multiplier);
+  return (PhiloxLanes)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, _mm512_set1_epi64(multiplier));
 #elif defined(__AVX2__)
-  const Wide even = (Wide)_mm256_mul_epu32((__m256i)lanes, (__m256i)multiplier);
-  const Wide odd = (Wide)_mm256_mul_epu32((__m256i)(lanes >> 32), (__m256i)multiplier);
+  return (PhiloxLanes)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(multiplier));
+#elif defined(__x86_64__)
+  return (PhiloxLanes)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(multiplier));
+#elif defined(__aarch64__)
+  return (PhiloxLanes)vmull_n_u32(vmovn_u64((uint64x2_t)a), multiplier);
 #else
-  const Wide even = (Wide)_mm_mul_epu32((__m128i)lanes, (__m128i)multiplier);
-  const Wide odd = (Wide)_mm_mul_epu32((__m128i)(lanes >> 32), (__m128i)multiplier);
+  return (a & 0xFFFFFFFFu) * multiplier;
 #endif
-  constexpr uint64_t kLowWord = 0xFFFFFFFFu;
-  high = bit_cast<PhiloxVec>((even >> 32) | (odd & ~kLowWord));
-  low = bit_cast<PhiloxVec>((even & kLowWord) | (odd << 32));
-#else
-  using Wide = Lanes<uint64_t, kLanes<uint32_t>>;
-  const Wide product = __builtin_convertvector(a, Wide) * uint64_t{m};
-  high = __builtin_convertvector(product >> 32, PhiloxVec);
-  low = __builtin_convertvector(product, PhiloxVec);
-#endif
+}
+
+// word[w], of the counters first, first + 2, first + 4, ...
+struct PhiloxWordLanes {
+  PhiloxLanes word[4];
+};
+
+inline PhiloxWordLanes philox_every_second(const Dropout& dropout, int64_t row, int64_t first) {
+  PhiloxLanes c0 = 2 * lane_index<uint64_t>() + static_cast<uint64_t>(first);
+  PhiloxLanes c1 = broadcast(static_cast<uint64_t>(row)), c2 = c1 >> 32, c3 = broadcast(dropout.offset);
+  uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const PhiloxLanes product0 = multiply_low_halves(c0, kPhiloxMultiplier0);
+    const PhiloxLanes product1 = multiply_low_halves(c2, kPhiloxMultiplier1);
+    c0 = (product1 >> 32) ^ c1 ^ k0;
+    c1 = product1;
+    c2 = (product0 >> 32) ^ c3 ^ k1;
+    c3 = product0;
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+  return {{c0, c1, c2, c3}};
 }
 
 // The 64 draws of the columns 64 * block .. 64 * block + 63.
 inline void philox_draw_block(const Dropout& dropout, int64_t row, int64_t block, uint32_t* draws) {
+  constexpr uint64_t kLowHalf = 0xFFFFFFFFu;
+#pragma GCC unroll 2
   for (int lane = 0; lane < kPhiloxLanes; lane += kLanes<uint32_t>) {
-    PhiloxVec c0 = lane_index<uint32_t>() + static_cast<uint32_t>(block * kPhiloxLanes + lane);
-    PhiloxVec c1 = broadcast(static_cast<uint32_t>(row));
-    PhiloxVec c2 = broadcast(static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32));
-    PhiloxVec c3 = broadcast(static_cast<uint32_t>(dropout.offset));
-    uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      PhiloxVec high0, low0, high1, low1;
-      multiply_wide(c0, kPhiloxMultiplier0, high0, low0);
-      multiply_wide(c2, kPhiloxMultiplier1, high1, low1);
-      c0 = high1 ^ c1 ^ k0;
-      c1 = low1;
-      c2 = high0 ^ c3 ^ k1;
-      c3 = low0;
-      k0 += kPhiloxWeyl0;
-      k1 += kPhiloxWeyl1;
+    const int64_t counter = block * kPhiloxLanes + lane;
+    const PhiloxWordLanes even = philox_every_second(dropout, row, counter);
+    const PhiloxWordLanes odd = philox_every_second(dropout, row, counter + 1);
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; ++w) {
+      store(draws + w * kPhiloxLanes + lane,
+            bit_cast<Vec<uint32_t>>((even.word[w] & kLowHalf) | (odd.word[w] << 32)));
     }
-    store(draws + lane, c0);
-    store(draws + lane + kPhiloxLanes, c1);
-    store(draws + lane + 2 * kPhiloxLanes, c2);
-    store(draws + lane + 3 * kPhiloxLanes, c3);
   }
 }
 

@@ -101,7 +101,8 @@ struct Workspace {
     }
   }
 
-  // No scope is open (one that has taken nothing still holds a mark): keep the last block, which is the largest, unless it is too large to keep.
+  // No scope is open (one that has taken nothing still holds a mark): keep the last block, which is the
+  // largest, unless it is too large to keep.
   void shrink() {
     while (first != nullptr && (first->next != nullptr || first->capacity > kKeptBytes)) {
       WorkspaceBlock* next = first->next;

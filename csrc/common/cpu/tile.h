@@ -61,7 +61,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_
           int64_t ldc, Mode mode);
 
 // The two products without packing, for so few rows of A (m up to about 8) that B is not worth a copy: one
-// token, one query. B has unit stride along its rows, any dtype, and is read once for every 4 rows of A.
+// token, one query. B has unit stride along its rows, any dtype, and is read from memory once for all of A.
 //
 //     dot_rows:      C[i, j] (+)= sum_l A[i, l] B[j, l]      B (n, k): scores of a query against keys
 //     combine_rows:  C[i, j] (+)= sum_l A[i, l] B[l, j]      B (k, n): values weighted by probabilities

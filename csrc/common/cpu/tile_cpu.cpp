@@ -1,3 +1,8 @@
+#if defined(__aarch64__) && !defined(__clang__)
+// gcc would load a whole column of A before the first product, and have no registers left for the sums.
+#pragma GCC optimize("no-schedule-insns")
+#endif
+
 #include "common/cpu/tile.h"
 
 #include "common/cpu/convert.h"
@@ -32,17 +37,20 @@ void tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, T* c,
 #pragma GCC unroll 16
     for (int j = 0; j < Vectors; ++j) sums[i][j] = Vec<T>{};
   }
+  // Two pointers into A: the multiples of a_row for twelve rows do not fit the registers for addresses.
+  const T* a_low = Rows > 6 ? a + 6 * a_row : a;
   for (int64_t l = 0; l < k; ++l) {
     Vec<T> b_row[Vectors];
 #pragma GCC unroll 16
     for (int j = 0; j < Vectors; ++j) b_row[j] = load(b + j * N);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const Vec<T> element = broadcast(a[i * a_row]);
+      const Vec<T> element = broadcast(i < 6 ? a[i * a_row] : a_low[(i - 6) * a_row]);
 #pragma GCC unroll 16
       for (int j = 0; j < Vectors; ++j) sums[i][j] = fma(element, b_row[j], sums[i][j]);
     }
     a += a_col;
+    a_low += a_col;
     b += Vectors * N;
   }
 #pragma GCC unroll 16
@@ -231,8 +239,8 @@ inline void store_sums(const Vec<T> (&v)[4], T* to) {
 
 // C[i, j] (+)= sum_l A[i, l] B[j, l] for Rows rows of A, Columns (4 or 1) rows of B; k in blocks as in gemm.
 template <class T, int Rows, int Columns, class Storage>
-void dot_block(int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c, int64_t ldc,
-               Mode mode) {
+[[gnu::noinline]] void dot_block(int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c,
+                                 int64_t ldc, Mode mode) {
   constexpr int N = kLanes<T>;
   for (int64_t k0 = 0; k0 < k; k0 += kKBlock) {
     const int64_t end = minimum(k0 + kKBlock, k);
@@ -282,81 +290,58 @@ void dot_block(int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb
   }
 }
 
-// C[i, 0 .. columns) (+)= sum_l A[i, l] B[l, 0 .. columns): Rows rows, Vectors vectors of columns, of which the
-// last may be partial.
+// C[i, j] (+)= sum_l A[i, l] B[l, j] for k <= kKBlock, Rows rows and Vectors vectors of columns: 4, or 1 with
+// the first `columns` lanes only.
 template <class T, int Rows, int Vectors, class Storage>
-void combine_block(int64_t k, int64_t columns, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c,
-                   int64_t ldc, Mode mode) {
+[[gnu::noinline]] void combine_block(int64_t k, int64_t columns, const T* a, int64_t lda, const Storage* b,
+                                     int64_t ldb, T* c, int64_t ldc, Mode mode) {
   constexpr int N = kLanes<T>;
-  const int64_t last = columns - (Vectors - 1) * N;  // columns of the last vector
-  for (int64_t k0 = 0; k0 < k; k0 += kKBlock) {
-    const int64_t end = minimum(k0 + kKBlock, k);
-    Vec<T> sums[Rows][Vectors];
+  const bool whole = Vectors > 1 || columns == N;
+  Vec<T> sums[Rows][Vectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) sums[i][j] = Vec<T>{};
+  }
+  for (int64_t l = 0; l < k; ++l) {
+    Vec<T> b_part[Vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) {
+      const Storage* from = b + l * ldb + j * N;
+      b_part[j] = whole ? load_as<T>(from) : load_first_as<T>(from, columns);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
+      const Vec<T> element = broadcast(a[i * lda + l]);
 #pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) sums[i][j] = Vec<T>{};
+      for (int j = 0; j < Vectors; ++j) sums[i][j] = fma(element, b_part[j], sums[i][j]);
     }
-    for (int64_t l = k0; l < end; ++l) {
-      const Storage* b_row = b + l * ldb;
-      Vec<T> b_part[Vectors];
+  }
 #pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) {
-        const bool whole = j < Vectors - 1 || last == N;
-        b_part[j] = whole ? load_as<T>(b_row + j * N) : load_first_as<T>(b_row + j * N, last);
-      }
+  for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
-      for (int i = 0; i < Rows; ++i) {
-        const Vec<T> element = broadcast(a[i * lda + l]);
-#pragma GCC unroll 4
-        for (int j = 0; j < Vectors; ++j) sums[i][j] = fma(element, b_part[j], sums[i][j]);
-      }
-    }
-    const bool accumulate = mode == Mode::accumulate || k0 > 0;
-#pragma GCC unroll 4
-    for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) {
-        T* to = c + i * ldc + j * N;
-        const int64_t count = j < Vectors - 1 ? N : last;
-        store_first(to, accumulate ? load_first(to, count) + sums[i][j] : sums[i][j], count);
+    for (int j = 0; j < Vectors; ++j) {
+      T* to = c + i * ldc + j * N;
+      const bool accumulate = mode == Mode::accumulate;
+      if (whole) {
+        store(to, accumulate ? load(to) + sums[i][j] : sums[i][j]);
+      } else {
+        store_first(to, accumulate ? load_first(to, columns) + sums[i][j] : sums[i][j], columns);
       }
     }
   }
 }
 
-template <class T, int Rows>
-struct FewRows {
-  template <class Storage>
-  static void dot(int64_t n, int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c,
-                  int64_t ldc, Mode mode) {
-    int64_t j = 0;
-    for (; j + 4 <= n; j += 4) dot_block<T, Rows, 4>(k, a, lda, b + j * ldb, ldb, c + j, ldc, mode);
-    for (; j < n; ++j) dot_block<T, Rows, 1>(k, a, lda, b + j * ldb, ldb, c + j, ldc, mode);
-  }
-
-  template <class Storage>
-  static void combine(int64_t n, int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c,
-                      int64_t ldc, Mode mode) {
-    constexpr int64_t N = kLanes<T>;
-    int64_t j = 0;
-    for (; j + 4 * N <= n; j += 4 * N)
-      combine_block<T, Rows, 4>(k, 4 * N, a, lda, b + j, ldb, c + j, ldc, mode);
-    for (; j < n; j += N)
-      combine_block<T, Rows, 1>(k, minimum(N, n - j), a, lda, b + j, ldb, c + j, ldc, mode);
-  }
-};
-
-// call(few, i): few is a FewRows<T, r> for the rows i .. i + r - 1 of A; 4 rows at a time, then 2, then 1.
-template <class T, class Call>
-inline void for_few_rows(int64_t m, const Call& call) {
+// call(rows, i) for groups of rows of A that together are 0 .. m-1: rows is a compile-time 4 (where there are
+// registers for it), 2 or 1, i the first row of the group.
+template <class Call>
+inline void for_groups_of_rows(int64_t m, const Call& call) {
   int64_t i = 0;
-  for (; i + 4 <= m; i += 4) call(FewRows<T, 4>{}, i);
-  if (i + 2 <= m) {
-    call(FewRows<T, 2>{}, i);
-    i += 2;
+  if constexpr (kVectorRegisters == 32) {
+    for (; i + 4 <= m; i += 4) call(std::integral_constant<int, 4>{}, i);
   }
-  if (i < m) call(FewRows<T, 1>{}, i);
+  for (; i + 2 <= m; i += 2) call(std::integral_constant<int, 2>{}, i);
+  if (i < m) call(std::integral_constant<int, 1>{}, i);
 }
 
 }  // namespace
@@ -366,22 +351,45 @@ void dot_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_
               int64_t ldb, T* c, int64_t ldc, Mode mode) {
   if (k == 0 && mode == Mode::overwrite) clear_rows(m, n, c, ldc);
   visit_storage(b_dtype, [&](auto storage) {
-    const auto* b_rows = static_cast<const decltype(storage)*>(b);
-    for_few_rows<T>(m, [&](auto few, int64_t i) {
-      few.dot(n, k, a + i * lda, lda, b_rows, ldb, c + i * ldc, ldc, mode);
-    });
+    for (int64_t j = 0; j < n;) {
+      const int columns = j + 4 <= n ? 4 : 1;
+      const auto* b_rows = static_cast<const decltype(storage)*>(b) + j * ldb;
+      for_groups_of_rows(m, [&](auto rows, int64_t i) {
+        if (columns == 4) {
+          dot_block<T, rows, 4>(k, a + i * lda, lda, b_rows, ldb, c + i * ldc + j, ldc, mode);
+        } else {
+          dot_block<T, rows, 1>(k, a + i * lda, lda, b_rows, ldb, c + i * ldc + j, ldc, mode);
+        }
+      });
+      j += columns;
+    }
   });
 }
 
 template <class T>
 void combine_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b,
                   int64_t ldb, T* c, int64_t ldc, Mode mode) {
+  constexpr int64_t N = kLanes<T>;
   if (k == 0 && mode == Mode::overwrite) clear_rows(m, n, c, ldc);
   visit_storage(b_dtype, [&](auto storage) {
-    const auto* b_rows = static_cast<const decltype(storage)*>(b);
-    for_few_rows<T>(m, [&](auto few, int64_t i) {
-      few.combine(n, k, a + i * lda, lda, b_rows, ldb, c + i * ldc, ldc, mode);
-    });
+    for (int64_t k0 = 0; k0 < k; k0 += kKBlock) {
+      const int64_t depth = minimum(kKBlock, k - k0);
+      const Mode block_mode = k0 == 0 ? mode : Mode::accumulate;
+      for (int64_t j = 0; j < n;) {
+        const int64_t columns = j + 4 * N <= n ? 4 * N : minimum(N, n - j);
+        const auto* b_block = static_cast<const decltype(storage)*>(b) + k0 * ldb + j;
+        for_groups_of_rows(m, [&](auto rows, int64_t i) {
+          const T* a_block = a + i * lda + k0;
+          T* c_block = c + i * ldc + j;
+          if (columns == 4 * N) {
+            combine_block<T, rows, 4>(depth, columns, a_block, lda, b_block, ldb, c_block, ldc, block_mode);
+          } else {
+            combine_block<T, rows, 1>(depth, columns, a_block, lda, b_block, ldb, c_block, ldc, block_mode);
+          }
+        });
+        j += columns;
+      }
+    }
   });
 }
 

@@ -1,0 +1,79 @@
+// The low-rank product by level, for python_tests/lowrank/test_levels.py.
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "harness/harness.h"
+
+namespace lwft::harness {
+
+namespace {
+
+using Index = std::optional<py::array_t<int64_t>>;
+
+// x (T, d_in), a (n, r, d_in), b (n, d_out, r) of one dtype; adapter_index (T,) int64, or None for adapter 0.
+template <class Parameters>
+void fill(Parameters& p, const py::array& x, const py::array& a, const py::array& b,
+          const Index& adapter_index, double scale, uint64_t seed, uint64_t offset, double dropout_p) {
+  p.tokens = x.shape(0);
+  p.in_features = x.shape(1);
+  p.adapters = a.shape(0);
+  p.rank = a.shape(1);
+  p.out_features = b.shape(1);
+  p.x_dtype = p.out_dtype = p.bias_dtype = p.param_dtype = dtype_of(x);
+  p.x = x.data();
+  p.x_row_stride = stride(x, 0);
+  p.a = a.data();
+  p.b = b.data();
+  if (adapter_index) p.adapter_index = adapter_index->data();
+  p.scale = scale;
+  p.dropout = make_dropout(seed, offset, dropout_p);
+}
+
+// out = bias + ..., or base_out + ... where that is given; and hidden.
+py::tuple forward(const std::string& level, const py::array& x, const py::array& a, const py::array& b,
+                  const py::array& bias, const py::object& base_out, const Index& adapter_index, double scale,
+                  uint64_t seed, uint64_t offset, double dropout_p) {
+  LowRankForward p{};
+  fill(p, x, a, b, adapter_index, scale, seed, offset, dropout_p);
+  p.bias = bias.data();
+  p.accumulate = !base_out.is_none();
+  py::array out = empty(p.out_dtype, {p.tokens, p.out_features});
+  py::array hidden = empty(accumulate_dtype(p.param_dtype), {p.tokens, p.rank});
+  if (p.accumulate) out[py::ellipsis()] = base_out;
+  p.out = out.mutable_data();
+  p.out_row_stride = p.out_features;
+  p.hidden = hidden.mutable_data();
+  kernels(level).lowrank->forward(p);
+  return py::make_tuple(out, hidden);
+}
+
+py::tuple backward(const std::string& level, const py::array& grad_out, const py::array& x,
+                   const py::array& a, const py::array& b, const py::array& hidden,
+                   const Index& adapter_index, double scale, uint64_t seed, uint64_t offset,
+                   double dropout_p) {
+  LowRankBackward p{};
+  fill(p, x, a, b, adapter_index, scale, seed, offset, dropout_p);
+  p.grad_out = grad_out.data();
+  p.grad_out_row_stride = stride(grad_out, 0);
+  p.hidden = hidden.data();
+  py::array dx = empty(p.x_dtype, {p.tokens, p.in_features}), dbias = empty(p.bias_dtype, {p.out_features});
+  py::array da = empty(p.param_dtype, {p.adapters, p.rank, p.in_features});
+  py::array db = empty(p.param_dtype, {p.adapters, p.out_features, p.rank});
+  p.dx = dx.mutable_data();
+  p.da = da.mutable_data();
+  p.db = db.mutable_data();
+  p.dbias = dbias.mutable_data();
+  kernels(level).lowrank->backward(p);
+  return py::make_tuple(dx, da, db, dbias);
+}
+
+void bind(py::module_& m) {
+  m.def("low_rank_forward", &forward);
+  m.def("low_rank_backward", &backward);
+}
+const Part part(bind);
+
+}  // namespace
+
+}  // namespace lwft::harness

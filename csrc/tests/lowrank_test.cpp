@@ -1,0 +1,135 @@
+// The low-rank product against plain loops in double, on every level, under whatever sanitizer this is built with.
+#include "tests/check.h"
+
+namespace {
+
+using namespace lwft;
+using namespace lwft::tests;
+
+struct Case {
+  int64_t tokens, in_features, rank, out_features;
+  int64_t adapters;  // 0: one adapter and no index
+  double dropout_p;
+  bool accumulate;
+};
+
+template <class T>
+void test_case(const CpuKernels& level, const Case& c) {
+  const int64_t tokens = c.tokens, d_in = c.in_features, r = c.rank, d_out = c.out_features;
+  const int64_t adapters = c.adapters > 0 ? c.adapters : 1;
+  const auto x = random_values<T>(tokens * d_in, 1), g = random_values<T>(tokens * d_out, 2);
+  const auto a = random_values<T>(adapters * r * d_in, 3), b = random_values<T>(adapters * d_out * r, 4);
+  const auto bias = random_values<T>(d_out, 5);
+  std::vector<T> out = random_values<T>(tokens * d_out, 6), hidden(tokens * r);
+  std::vector<T> dx(x.size()), da(a.size()), db(b.size()), dbias(d_out);
+  std::vector<int64_t> index(tokens);
+  // Runs of a few tokens, some without an adapter; the last adapter is used by nobody.
+  for (int64_t t = 0; t < tokens; ++t) index[t] = c.adapters > 0 ? t / 5 % c.adapters - 1 : 0;
+
+  std::vector<double> e_out(out.begin(), out.end()), e_hidden(hidden.size());
+  std::vector<double> e_dx(dx.size()), e_da(da.size()), e_db(db.size()), e_dbias(d_out);
+  const double scale = 0.75;
+  const Dropout dropout = make_dropout(7, 9, c.dropout_p);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t adapter = c.adapters > 0 ? index[t] : 0;
+    for (int64_t j = 0; j < d_out; ++j) {
+      if (!c.accumulate) e_out[t * d_out + j] = bias[j];
+      e_dbias[j] += g[t * d_out + j];
+    }
+    if (adapter < 0) continue;
+    const T *at = a.data() + adapter * r * d_in, *bt = b.data() + adapter * d_out * r;
+    std::vector<double> xd(d_in);
+    for (int64_t k = 0; k < d_in; ++k) {
+      xd[k] = dropout_keeps(dropout, t, k) ? dropout.keep_scale * x[t * d_in + k] : 0.0;
+    }
+    for (int64_t i = 0; i < r; ++i) {
+      double h = 0, dh = 0;
+      for (int64_t k = 0; k < d_in; ++k) h += xd[k] * at[i * d_in + k];
+      e_hidden[t * r + i] = h;
+      for (int64_t j = 0; j < d_out; ++j) {
+        const double gradient = scale * g[t * d_out + j];
+        e_out[t * d_out + j] += scale * h * bt[j * r + i];
+        dh += gradient * bt[j * r + i];
+        e_db[(adapter * d_out + j) * r + i] += gradient * h;
+      }
+      for (int64_t k = 0; k < d_in; ++k) {
+        const double keep = dropout_keeps(dropout, t, k) ? dropout.keep_scale : 0.0;
+        e_dx[t * d_in + k] += keep * dh * at[i * d_in + k];
+        e_da[(adapter * r + i) * d_in + k] += dh * xd[k];
+      }
+    }
+  }
+
+  LowRankForward f{};
+  f.tokens = tokens;
+  f.in_features = d_in;
+  f.rank = r;
+  f.out_features = d_out;
+  f.adapters = adapters;
+  f.x_dtype = f.out_dtype = f.bias_dtype = f.param_dtype = kType<T>;
+  f.x = x.data();
+  f.x_row_stride = d_in;
+  f.a = a.data();
+  f.b = b.data();
+  f.adapter_index = c.adapters > 0 ? index.data() : nullptr;
+  f.bias = bias.data();
+  f.scale = scale;
+  f.dropout = dropout;
+  f.accumulate = c.accumulate;
+  f.out = out.data();
+  f.out_row_stride = d_out;
+  f.hidden = hidden.data();
+  level.lowrank->forward(f);
+
+  LowRankBackward p{};
+  p.tokens = tokens;
+  p.in_features = d_in;
+  p.rank = r;
+  p.out_features = d_out;
+  p.adapters = adapters;
+  p.x_dtype = p.out_dtype = p.bias_dtype = p.param_dtype = kType<T>;
+  p.grad_out = g.data();
+  p.grad_out_row_stride = d_out;
+  p.x = x.data();
+  p.x_row_stride = d_in;
+  p.a = a.data();
+  p.b = b.data();
+  p.hidden = hidden.data();
+  p.adapter_index = f.adapter_index;
+  p.scale = scale;
+  p.dropout = dropout;
+  p.dx = dx.data();
+  p.da = da.data();
+  p.db = db.data();
+  p.dbias = dbias.data();
+  level.lowrank->backward(p);
+
+  const double allowed = kAllowedError<T>;
+  check(relative_error(out, e_out) < allowed, level.isa, "out", tokens, d_in, r);
+  check(relative_error(hidden, e_hidden) < allowed, level.isa, "hidden", tokens, d_in, r);
+  check(relative_error(dx, e_dx) < allowed, level.isa, "dx", tokens, d_in, r);
+  check(relative_error(da, e_da) < allowed, level.isa, "da", tokens, d_in, r);
+  check(relative_error(db, e_db) < allowed, level.isa, "db", tokens, d_in, r);
+  check(relative_error(dbias, e_dbias) < allowed, level.isa, "dbias", tokens, d_in, r);
+}
+
+}  // namespace
+
+int main() {
+  return run_on_every_level([](const CpuKernels& level) {
+    for (const Case& c : {
+             Case{0, 5, 2, 7, 0, 0.0, false},
+             Case{1, 33, 4, 130, 0, 0.3, false},
+             Case{7, 64, 1, 64, 0, 0.0, true},
+             Case{20, 1, 3, 1, 0, 0.0, false},
+             Case{61, 70, 5, 33, 4, 0.3, false},
+             Case{61, 70, 5, 33, 4, 0.0, true},
+             Case{130, 100, 17, 200, 0, 0.3, false},  // enough work for two threads
+             Case{2, 1100, 70, 1090, 0, 0.0, false},  // few tokens: the columns of out are shared out
+             Case{64, 40, 70, 1100, 3, 0.3, false},
+         }) {
+      test_case<float>(level, c);
+      test_case<double>(level, c);
+    }
+  });
+}

@@ -1,0 +1,278 @@
+"""PEFT's lora.Linear through `accelerate`: numbers, every guard, and what PEFT does with its modules afterwards."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from oracle import assert_accurate
+from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
+from torch import nn
+
+import lwft_kernels
+from lwft_kernels import dropout
+from lwft_kernels.integrations.peft import LoraLinear
+
+pytestmark = pytest.mark.usefixtures("native")
+
+WIDTH = 24
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(WIDTH, 20)
+        self.second = nn.Linear(20, WIDTH, bias=False)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def build(**options):
+    torch.manual_seed(1)
+    config = LoraConfig(**{"target_modules": ["first", "second"], "r": 4, "lora_alpha": 8, **options})
+    model = get_peft_model(Net(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at the start, which would hide the branch
+            nn.init.normal_(parameter)
+    return model
+
+
+def outputs_and_gradients(model, x):
+    x = x.detach().requires_grad_()
+    out = model(x)
+    wanted = {"x": x, **{n: p for n, p in model.named_parameters() if p.requires_grad}}
+    gradients = torch.autograd.grad(out.square().sum(), list(wanted.values()))
+    return {"out": out, **dict(zip(wanted, gradients, strict=True))}
+
+
+def fast():
+    stats = lwft_kernels.stats()
+    return sum(stats.get(op, {"fast": 0})["fast"] for op in ("lora_linear", "lora_delta_"))
+
+
+def reasons():
+    return lwft_kernels.stats().get("peft lora.Linear", {"declined": {}})["declined"]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"r": 1}], ids=str)
+@pytest.mark.parametrize("shape", [(5, WIDTH), (2, 3, WIDTH), (0, WIDTH)], ids=str)
+def test_outputs_and_gradients(options, shape):
+    model, x = build(**options), torch.randn(shape)
+    theirs = outputs_and_gradients(model, x)
+    oracle = outputs_and_gradients(copy.deepcopy(model).double(), x.double())
+    lwft_kernels.accelerate(model)
+    assert_accurate(outputs_and_gradients(model, x), theirs, oracle)
+    assert fast() == 2 and not reasons()
+
+
+def test_dropout_is_the_packages_own_stream():
+    model, x = build(lora_dropout=0.3), torch.randn(6, WIDTH)
+    layer = model.base_model.model.first
+    lwft_kernels.accelerate(model)
+    torch.manual_seed(3)
+    out = layer(x)
+    torch.manual_seed(3)
+    dropped = dropout.dropout(x, dropout.draw_seed(x.device), 0.3)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.testing.assert_close(out, layer.base_layer(x) + dropped @ a.T @ b.T * layer.scaling["default"])
+    model.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_adapters_beside_16_bit_activations(base):
+    model, x = build(), torch.randn(5, WIDTH).to(base)
+    for layer in (model.base_model.model.first, model.base_model.model.second):
+        layer.base_layer.to(base)
+    theirs = outputs_and_gradients(model, x)
+    oracle = outputs_and_gradients(copy.deepcopy(model).double(), x.double())
+    lwft_kernels.accelerate(model)
+    ours = outputs_and_gradients(model, x)
+    assert ours["out"].dtype == base and fast() == 2
+    assert_accurate(ours, theirs, oracle)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    model, x = build(), torch.randn(5, WIDTH)
+    oracle = {"out": copy.deepcopy(model).double()(x.double())}
+    with torch.autocast("cpu", dtype=dtype):
+        theirs = {"out": model(x)}
+        lwft_kernels.accelerate(model)
+        ours = {"out": model(x)}
+    assert ours["out"].dtype == theirs["out"].dtype and fast() == 2
+    assert_accurate(ours, theirs, oracle)
+
+
+def trained_base(model):
+    model.base_model.model.first.base_layer.weight.requires_grad_(True)
+
+
+def hooked_base(model):
+    model.base_model.model.first.base_layer.register_forward_hook(lambda m, i, out: out + 1)
+
+
+def other_base(model):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.base_model.model.first.base_layer.__class__ = Doubled
+
+
+@pytest.mark.parametrize("change", [trained_base, hooked_base, other_base])
+def test_a_base_that_must_be_called(change):
+    model, x = build(), torch.randn(5, WIDTH)
+    change(model)
+    theirs = outputs_and_gradients(model, x)
+    oracle = outputs_and_gradients(copy.deepcopy(model).double(), x.double())
+    lwft_kernels.accelerate(model)
+    assert_accurate(outputs_and_gradients(model, x), theirs, oracle)
+    assert lwft_kernels.stats()["lora_delta_"]["fast"] == 1
+
+
+def disabled(model):
+    model.base_model.disable_adapter_layers()
+
+
+def merged(model):
+    model.merge_adapter()
+
+
+def two_adapters(model):
+    model.add_adapter("other", LoraConfig(target_modules=["first", "second"], r=3))
+    model.base_model.set_adapter(["default", "other"])
+
+
+def hooked_adapter(model):
+    model.base_model.model.first.lora_A["default"].register_forward_hook(lambda m, i, out: 2 * out)
+
+
+def odd_dropout(model):
+    model.base_model.model.first.lora_dropout["default"] = nn.AlphaDropout(0.0)
+
+
+@pytest.mark.parametrize(
+    "options,change,words",
+    [
+        ({}, disabled, "disabled"),
+        ({}, merged, "merged"),
+        ({}, two_adapters, "2 adapters are active"),
+        ({}, hooked_adapter, "hooks"),
+        ({}, odd_dropout, "AlphaDropout"),
+        ({"use_dora": True}, None, "LoRA variant"),
+        ({"lora_bias": True}, None, "lora_bias"),
+    ],
+)
+def test_what_it_declines_is_peft_to_the_bit(options, change, words):
+    if "lora_bias" in options:
+        options["target_modules"] = ["first"]  # PEFT wants a base bias for it
+    model, x = build(**options), torch.randn(5, WIDTH)
+    if change is not None:
+        change(model)
+    layer = model.eval().base_model.model.first
+    expected = layer(x)
+    lwft_kernels.accelerate(model)
+    assert type(layer) is LoraLinear
+    assert torch.equal(layer(x), expected)
+    assert any(words in reason for reason in reasons()), reasons()
+
+
+def test_mixed_batch_is_declined():
+    model, x = build().eval(), torch.randn(3, WIDTH)
+    model.add_adapter("other", LoraConfig(target_modules=["first", "second"], r=3))
+    names = ["default", "other", "__base__"]
+    expected = model(x, adapter_names=names)
+    lwft_kernels.accelerate(model)
+    assert torch.equal(model(x, adapter_names=names), expected)
+    assert reasons() == {"adapter_names given": 2}
+
+
+def test_what_peft_does_afterwards(tmp_path):
+    model, x = build().eval(), torch.randn(5, WIDTH)
+    keys = list(model.state_dict())
+    base = model.base_model.model
+    lwft_kernels.accelerate(model)
+    expected = model(x)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    loaded = peft.PeftModel.from_pretrained(Net(), tmp_path).eval()
+    assert type(loaded.base_model.model.first) is lora.Linear
+    torch.testing.assert_close(loaded(x), expected)
+
+    model.add_adapter("other", LoraConfig(target_modules=["first", "second"], r=3))
+    model.set_adapter("other")
+    model(x)
+    model.set_adapter("default")
+    assert torch.equal(model(x), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base(x))
+    merged_model = model.merge_and_unload()
+    assert type(merged_model.first) is nn.Linear
+    torch.testing.assert_close(merged_model(x), expected)
+
+
+def test_undo_and_report():
+    model, x = build().eval(), torch.randn(5, WIDTH)
+    expected = model(x)
+    report = lwft_kernels.accelerate(model)
+    layers = [model.base_model.model.first, model.base_model.model.second]
+    assert [type(layer) for layer in layers] == [LoraLinear, LoraLinear]
+    assert [c.module for c in report.replaced] == ["base_model.model.first", "base_model.model.second"]
+    assert "lora.layer.Linear" in str(report) and "2 of 2 replaced" in str(report)
+    report.undo()
+    assert [type(layer) for layer in layers] == [lora.Linear, lora.Linear]
+    assert torch.equal(model(x), expected)
+    assert "nothing to replace" in str(lwft_kernels.accelerate(nn.Linear(2, 2)))
+
+
+def test_what_others_patched_is_left_alone():
+    model = build()
+    layer = model.base_model.model.first
+    layer.forward = lambda x: x
+    report = lwft_kernels.accelerate(model)
+    assert type(layer) is lora.Linear
+    (declined,) = report.declined
+    assert declined.reason == "somebody else has replaced its forward"
+    again = lwft_kernels.accelerate(model)
+    assert again.replaced == [] and again.declined[1].reason == "replaced already"
+
+
+def test_embedding_lora_is_reported():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(7, WIDTH)
+
+        def forward(self, ids):
+            return self.words(ids)
+
+    model = get_peft_model(Words(), LoraConfig(target_modules=["words"]))
+    (declined,) = lwft_kernels.accelerate(model).declined
+    assert "only lora.Linear is known" in declined.reason and declined.was == "lora.layer.Embedding"
+
+
+def test_compiles_without_a_graph_break():
+    model, x = build(), torch.randn(5, WIDTH)
+    lwft_kernels.accelerate(model)
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+def test_the_reference_backend_is_followed():
+    model, x = build().eval(), torch.randn(5, WIDTH)
+    expected = model(x)
+    lwft_kernels.accelerate(model)
+    with lwft_kernels.use_backend("reference"):
+        torch.testing.assert_close(model(x), expected)
+    assert fast() == 0

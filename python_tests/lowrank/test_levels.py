@@ -1,0 +1,84 @@
+"""The low-rank kernels of every instruction-set level this machine runs, without torch in between."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import lwft_harness
+from lwft_kernels.lowrank import reference
+from oracle import RATIO, relative_error
+
+SEED, OFFSET, SCALE = 11, 13, 0.75
+TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("level", lwft_harness.levels())
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize(
+    "tokens,d_in,d_out,rank,p,mixed",
+    [
+        (1, 40, 9, 4, 0.0, False),
+        (67, 150, 200, 20, 0.0, True),
+        (67, 150, 200, 70, 0.25, False),
+        (60, 64, 64, 8, 0.25, True),
+    ],
+)
+def test_forward_and_backward(level, dtype, tokens, d_in, d_out, rank, p, mixed):
+    random = np.random.default_rng(tokens + d_in)
+    adapters = 3 if mixed else 1
+
+    def array(*shape):
+        return (random.standard_normal(shape) / shape[-1] ** 0.5).astype(dtype)
+
+    x, grad_out, bias = array(tokens, d_in), array(tokens, d_out), array(d_out)
+    a, b = array(adapters, rank, d_in), array(adapters, d_out, rank)
+    index = random.integers(-1, 2, tokens) if mixed else None
+    base_out = array(tokens, d_out) if mixed else None
+    stream = (SCALE, SEED, OFFSET, p)
+    out, hidden = lwft_harness.low_rank_forward(level, x, a, b, bias, base_out, index, *stream)
+    dx, da, db, dbias = lwft_harness.low_rank_backward(level, grad_out, x, a, b, hidden, index, *stream)
+
+    def run(torch_dtype):
+        leaves = [torch.from_numpy(value).to(torch_dtype).requires_grad_() for value in (x, a, b, bias)]
+        delta = reference.lora_delta(
+            leaves[0],
+            *(leaves[1:3] if mixed else (leaves[1][0], leaves[2][0])),
+            None if index is None else torch.from_numpy(index),
+            scale=SCALE,
+            dropout_p=p,
+            seed=torch.tensor([SEED, OFFSET]),
+        )
+        result = delta + (leaves[3] if base_out is None else torch.from_numpy(base_out).to(torch_dtype))
+        direction = torch.from_numpy(grad_out).to(torch_dtype)
+        return [result.detach(), *torch.autograd.grad(result, leaves[:3], direction), direction.sum(0)]
+
+    oracle, eager = run(torch.float64), run(TORCH_DTYPES[dtype])
+    for mine, theirs, exact in zip((out, dx, da, db, dbias), eager, oracle, strict=True):
+        allowed = max(relative_error(theirs, exact), relative_error(exact.to(TORCH_DTYPES[dtype]), exact))
+        assert relative_error(torch.from_numpy(mine), exact) <= RATIO * allowed + 1e-6
+
+
+@pytest.mark.parametrize("level", lwft_harness.levels())
+def test_tasks_may_run_on_any_thread(level):
+    """The harness hands tasks to whichever thread is free: the bits must not change."""
+    random = np.random.default_rng(0)
+    x, grad_out = (random.standard_normal((300, d)).astype("float32") for d in (200, 333))
+    a, b = (random.standard_normal((2, *shape)).astype("float32") for shape in ((16, 200), (333, 16)))
+    bias, index = np.zeros(333, "float32"), random.integers(-1, 2, 300)
+    results = []
+    try:
+        for threads in (1, 3):
+            lwft_harness.set_threads(threads)
+            out, hidden = lwft_harness.low_rank_forward(
+                level, x, a, b, bias, None, index, 1.0, SEED, OFFSET, 0.1
+            )
+            grads = lwft_harness.low_rank_backward(
+                level, grad_out, x, a, b, hidden, index, 1.0, SEED, OFFSET, 0.1
+            )
+            results.append((out, hidden, *grads))
+    finally:
+        lwft_harness.set_threads(1)
+    for one, three in zip(*results, strict=True):
+        assert np.array_equal(one, three)
