@@ -74,10 +74,15 @@ struct TileTable<T, Vectors, std::integer_sequence<int, Rows...>> {
   static constexpr TileFunction<T> functions[] = {tile<T, Rows + 1, Vectors>...};
 };
 
-// All rows of one panel, in chunks of about equal height: 8 rows are 4 + 4, not 6 + 2.
-template <class T, int Vectors>
-void panel_rows(int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panel, T* c,
-                int64_t ldc, Mode mode) {
+// C (+)= A times one panel of `width` columns, by tiles of that width and of about equal height: 8 rows are
+// 4 + 4, not 6 + 2.
+template <class T, int Vectors = kPanelVectors>
+void panel_product(int64_t width, int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_col,
+                   const T* panel, T* c, int64_t ldc, Mode mode) {
+  if constexpr (Vectors > 1) {
+    if (width < Vectors * kLanes<T>)
+      return panel_product<T, Vectors - 1>(width, m, k, a, a_row, a_col, panel, c, ldc, mode);
+  }
   for (int64_t chunks = ceil_div(m, tile_rows(Vectors)); chunks > 0; --chunks) {
     const int64_t rows = ceil_div(m, chunks);
     TileTable<T, Vectors>::functions[rows - 1](k, a, a_row, a_col, panel, c, ldc, mode);
@@ -94,24 +99,11 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_
           int64_t ldc, Mode mode) {
   if (k == 0 && mode == Mode::overwrite) clear_rows(m, padded<T>(n), c, ldc);
   for (int64_t k0 = 0; k0 < k; k0 += kKBlock) {
-    const int64_t depth = minimum(kKBlock, k - k0);
     const Mode block_mode = k0 == 0 ? mode : Mode::accumulate;
     for (int64_t j = 0; j < n; j += kPanelColumns<T>) {
       const int64_t width = minimum(kPanelColumns<T>, padded<T>(n - j));
-      const T* panel = panels + j * k + k0 * width;
-      const T* a_block = a + k0 * a_col;
-      switch (width / kLanes<T>) {
-        case 1: panel_rows<T, 1>(m, depth, a_block, a_row, a_col, panel, c + j, ldc, block_mode); break;
-        case 2: panel_rows<T, 2>(m, depth, a_block, a_row, a_col, panel, c + j, ldc, block_mode); break;
-        case 3:
-          if constexpr (kPanelVectors > 2)
-            panel_rows<T, 3>(m, depth, a_block, a_row, a_col, panel, c + j, ldc, block_mode);
-          break;
-        case 4:
-          if constexpr (kPanelVectors > 2)
-            panel_rows<T, 4>(m, depth, a_block, a_row, a_col, panel, c + j, ldc, block_mode);
-          break;
-      }
+      panel_product(width, m, minimum(kKBlock, k - k0), a + k0 * a_col, a_row, a_col,
+                    panels + j * k + k0 * width, c + j, ldc, block_mode);
     }
   }
 }
@@ -149,8 +141,7 @@ inline void transpose_steps(V* rows) {
   }
 }
 
-// Columns j .. j + columns - 1 (at most one vector of them) of a matrix whose columns are contiguous, into
-// lanes of a panel of the given width.
+// `columns` columns (at most a vector of them), each contiguous, into the lanes of a panel of that width.
 template <class T, class Storage>
 inline void pack_transposed(const Storage* source, int64_t col_stride, int64_t k, int64_t columns, T* to,
                             int64_t width) {
