@@ -107,7 +107,7 @@ py::array gemm_bfloat16(const std::string& level, const py::array& a, const py::
   if (!probes(level).multiplies_bfloat16) throw py::value_error(level + " does not multiply bfloat16");
   const int64_t m = a.shape(0), k = a.shape(1), n = b.shape(1),
                 ldc = probes(level).padded(DType::f32, n) + margin;
-  if (!pack_a && k > 0 && ((k > 1 && stride(a, 1) != 1) || (m > 1 && stride(a, 0) % 2 != 0)))
+  if (!pack_a && m > 0 && k > 0 && ((k > 1 && stride(a, 1) != 1) || (m > 1 && stride(a, 0) % 2 != 0)))
     throw py::value_error("a is no matrix of pairs");
   const py::array panels = pack_pair_panels(level, b);
   const py::array a_panel = pack_pair_panels(level, a.attr("T"));
