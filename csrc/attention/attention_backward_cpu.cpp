@@ -76,15 +76,14 @@ void score_products(const BackwardPlan<T>& plan, const HeadGroup& group, const S
     const int64_t keys = end - first;
     dot_rows(rows, keys, d, buffers.q.row_major, d_padded, dtype, segment.key(group, block.begin + first),
              segment.k.stride[2], buffers.scores, kScoreStride<T>, Mode::overwrite);
-    dot_rows(rows, keys, d, buffers.grad_out.row_major, d_padded, dtype,
-             segment.value(group, block.begin + first), segment.v.stride[2], buffers.dscores, kScoreStride<T>,
-             Mode::overwrite);
+    dot_rows(rows, keys, d, buffers.grad_out.row_major, d_padded, dtype, segment.value(group, block.begin + first),
+             segment.v.stride[2], buffers.dscores, kScoreStride<T>, Mode::overwrite);
   } else {
     const int64_t keys = minimum(round_up(end, kPanelColumns<T>), block.size()) - first;  // whole panels
     gemm(rows, keys, d, buffers.q.row_major, d_padded, 1, buffers.keys_transposed + first * d, buffers.scores,
          kScoreStride<T>, Mode::overwrite);
-    gemm(rows, keys, d, buffers.grad_out.row_major, d_padded, 1, buffers.values_transposed + first * d,
-         buffers.dscores, kScoreStride<T>, Mode::overwrite);
+    gemm(rows, keys, d, buffers.grad_out.row_major, d_padded, 1, buffers.values_transposed + first * d, buffers.dscores,
+         kScoreStride<T>, Mode::overwrite);
   }
 }
 
@@ -112,8 +111,7 @@ const T* finish_row(const HeadGroup& group, int64_t row, const Segment& segment,
   if (!dropout.active()) return nullptr;
   dropout_multipliers(dropout, group.index(row), segment.first_column + seen.begin, n, buffers.multiplier);
   fill(buffers.multiplier, n, padded<T>(n), T{0});
-  for (int64_t j = 0; j < n; j += kLanes<T>)
-    store(dscores + j, load(dscores + j) * load(buffers.multiplier + j));
+  for (int64_t j = 0; j < n; j += kLanes<T>) store(dscores + j, load(dscores + j) * load(buffers.multiplier + j));
   return buffers.multiplier;
 }
 
@@ -145,8 +143,7 @@ T grad_lse(const AttentionBackward& p, const HeadGroup& group, int64_t row) {
 // scores and dP of the row.
 
 template <class T>
-void exact_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range tile,
-                      BackwardBuffers<T>& buffers) {
+void exact_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range tile, BackwardBuffers<T>& buffers) {
   RunningDelta<T> rows[kScoreRows];
   load_tile(plan.p, group, tile, buffers);
   // The same blocks as for the gradients, so that S and dP are the same to the last bit.
@@ -161,8 +158,7 @@ void exact_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range
       const Range seen = intersect(segment.visible(group, tile.begin + r), block);
       if (seen.empty()) continue;
       const int64_t start = r * kScoreStride<T> + seen.begin - block.begin;
-      finish_row(group, tile.begin + r, segment, seen, buffers, buffers.scores + start,
-                 buffers.dscores + start);
+      finish_row(group, tile.begin + r, segment, seen, buffers, buffers.scores + start, buffers.dscores + start);
       rows[r].add(seen.size(), buffers.scores + start, buffers.dscores + start);
     }
   }
@@ -192,8 +188,7 @@ void row_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range t
     fill(grad_out_row, d, plan.d_padded, T{0});
     fill(out_row, d, plan.d_padded, T{0});
     Vec<T> products{};
-    for (int64_t j = 0; j < d; j += kLanes<T>)
-      products = fma(load(grad_out_row + j), load(out_row + j), products);
+    for (int64_t j = 0; j < d; j += kLanes<T>) products = fma(load(grad_out_row + j), load(out_row + j), products);
     plan.statistics_of(group)[row] = {sees_nothing ? kInfinity<T> : lse, T{1},  // then P = 0
                                       sees_nothing ? T{0} : sum(products) - grad_lse<T>(p, group, row)};
   }
@@ -237,9 +232,9 @@ void add_bias_gradient(const BiasSums<T>& bias, T* sums, int64_t first, int64_t 
 // One row of a tile: raw scores and dP of `width` keys from `first` on become P * Z and dS, 0 where nothing
 // is seen.
 template <class T>
-void score_gradient_row(const BackwardPlan<T>& plan, const HeadGroup& group, int64_t row,
-                        const Segment& segment, int64_t chunk, Range block, int64_t first, int64_t width,
-                        const BackwardBuffers<T>& buffers, T* scores, T* dscores) {
+void score_gradient_row(const BackwardPlan<T>& plan, const HeadGroup& group, int64_t row, const Segment& segment,
+                        int64_t chunk, Range block, int64_t first, int64_t width, const BackwardBuffers<T>& buffers,
+                        T* scores, T* dscores) {
   const Range seen = intersect(segment.visible(group, row), block);
   if (seen.empty()) {
     fill(scores, 0, width, T{0});
@@ -275,9 +270,8 @@ void score_gradient_row(const BackwardPlan<T>& plan, const HeadGroup& group, int
 }
 
 template <class T>
-void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const Segment& segment,
-                    int64_t chunk, Range block, Range tile, bool dk_wanted, bool dv_wanted,
-                    BackwardBuffers<T>& buffers) {
+void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const Segment& segment, int64_t chunk,
+                    Range block, Range tile, bool dk_wanted, bool dv_wanted, BackwardBuffers<T>& buffers) {
   const AttentionBackward& p = plan.p;
   const int64_t d = plan.d, d_padded = plan.d_padded, count = tile.size();
   const Range seen = intersect(segment.visible(group, tile), block);
@@ -288,24 +282,24 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
   load_tile(p, group, tile, buffers);
   score_products(plan, group, segment, block, count, first, end, buffers);
   for (int64_t i = 0; i < count; ++i) {
-    score_gradient_row(plan, group, tile.begin + i, segment, chunk, block, block.begin + first, width,
-                       buffers, buffers.scores + i * kScoreStride<T>, buffers.dscores + i * kScoreStride<T>);
+    score_gradient_row(plan, group, tile.begin + i, segment, chunk, block, block.begin + first, width, buffers,
+                       buffers.scores + i * kScoreStride<T>, buffers.dscores + i * kScoreStride<T>);
   }
   if (dv_wanted) {
     buffers.grad_out.pack(count, d);
-    gemm(width, d, count, buffers.scores, 1, kScoreStride<T>, buffers.grad_out.panels,
-         buffers.dv + first * d_padded, d_padded, Mode::accumulate);
+    gemm(width, d, count, buffers.scores, 1, kScoreStride<T>, buffers.grad_out.panels, buffers.dv + first * d_padded,
+         d_padded, Mode::accumulate);
   }
   if (dk_wanted) {
     buffers.q.pack(count, d);
-    gemm(width, d, count, buffers.dscores, 1, kScoreStride<T>, buffers.q.panels,
-         buffers.dk + first * d_padded, d_padded, Mode::accumulate);
+    gemm(width, d, count, buffers.dscores, 1, kScoreStride<T>, buffers.q.panels, buffers.dk + first * d_padded,
+         d_padded, Mode::accumulate);
   }
   if (buffers.dq == nullptr) return;
   T* dq = buffers.dq + tile.begin * d_padded;
   if (plan.few_rows) {
-    combine_rows(count, d, width, buffers.dscores, kScoreStride<T>, p.shape.dtype,
-                 segment.key(group, block.begin), segment.k.stride[2], dq, d_padded, Mode::accumulate);
+    combine_rows(count, d, width, buffers.dscores, kScoreStride<T>, p.shape.dtype, segment.key(group, block.begin),
+                 segment.k.stride[2], dq, d_padded, Mode::accumulate);
     return;
   }
   // One panel of K at a time, so that the keys may be a part of those packed.
@@ -320,14 +314,13 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
 
 // Rows of dk or dv to where they belong.
 template <class T>
-void store_key_gradient(const BackwardPlan<T>& plan, const HeadGroup& group, bool prefix, Range block,
-                        const T* from, const StridedOut& keys, void* prefix_out, T* prefix_sums) {
+void store_key_gradient(const BackwardPlan<T>& plan, const HeadGroup& group, bool prefix, Range block, const T* from,
+                        const StridedOut& keys, void* prefix_out, T* prefix_sums) {
   const AttentionShape& shape = plan.p.shape;
   const int64_t prefix_start = group.number() * shape.prefix;
   for (int64_t j = block.begin; j < block.end; ++j, from += plan.d_padded) {
     if (!prefix) {
-      const int64_t offset =
-          group.batch * keys.stride[0] + group.kv_head * keys.stride[1] + j * keys.stride[2];
+      const int64_t offset = group.batch * keys.stride[0] + group.kv_head * keys.stride[1] + j * keys.stride[2];
       store_row(shape.dtype, from, plan.d, keys.data, offset);
     } else if (prefix_sums != nullptr) {
       store_row(dtype_of<T>(), from, plan.d, prefix_sums, (prefix_start + j) * plan.d);

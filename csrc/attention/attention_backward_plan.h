@@ -33,8 +33,7 @@ struct BiasSums {
   int64_t batch = 0, head = 0, chunk = 0, query = 0, key = 0;
 
   T* row(const HeadGroup& group, int64_t index, int64_t chunk_index) const {
-    return data + group.batch * batch + group.head(index) * head + chunk_index * chunk +
-           group.query(index) * query;
+    return data + group.batch * batch + group.head(index) * head + chunk_index * chunk + group.query(index) * query;
   }
 };
 
@@ -96,15 +95,11 @@ struct BackwardPlan {
 
   int64_t blocks() const { return prefix_blocks.count + key_blocks.count; }
   bool is_prefix(int64_t block) const { return block < prefix_blocks.count; }
-  Range block(int64_t i) const {
-    return is_prefix(i) ? prefix_blocks[i] : key_blocks[i - prefix_blocks.count];
-  }
+  Range block(int64_t i) const { return is_prefix(i) ? prefix_blocks[i] : key_blocks[i - prefix_blocks.count]; }
 
   HeadGroup group(int64_t owner, int64_t member) const {
     const int64_t kv_heads = p.shape.kv_heads;
-    const int64_t batch = sum_batch   ? (sum_heads ? member / kv_heads : member)
-                          : sum_heads ? owner
-                                      : owner / kv_heads;
+    const int64_t batch = sum_batch ? (sum_heads ? member / kv_heads : member) : sum_heads ? owner : owner / kv_heads;
     const int64_t kv_head = sum_heads ? member % kv_heads : sum_batch ? owner : owner % kv_heads;
     return HeadGroup(p.shape, p.rule, batch * kv_heads + kv_head);
   }
@@ -172,9 +167,7 @@ void sum_bias(const BackwardPlan<T>& plan) {
   const BiasSums<T>& bias = plan.bias;
   if (bias.in_place) return;
   const int64_t row = p.bias_size[2] * p.bias_size[3], heads = p.bias_size[1];
-  const int64_t batch_members = bias.batch != 0 && p.bias_size[0] == 1 ? p.shape.batch
-                                : p.shape.batch == 0                   ? 0
-                                                                       : 1;
+  const int64_t batch_members = bias.batch != 0 && p.bias_size[0] == 1 ? p.shape.batch : p.shape.batch == 0 ? 0 : 1;
   const int64_t head_members = bias.head != 0 && heads == 1 ? p.shape.heads : p.shape.heads == 0 ? 0 : 1;
   const int64_t chunks = bias.chunk != 0 ? plan.chunks.count : 1;
   parallel_for(p.bias_size[0] * heads, [&](int64_t task) {

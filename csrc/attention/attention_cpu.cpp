@@ -42,8 +42,8 @@ int64_t block_keys(int64_t head_dim) {
 
 // out and lse of one row from the sum of exp(score - highest) * v, which is scaled in place.
 template <class T>
-void store_result(const AttentionForward& p, const HeadGroup& group, int64_t row,
-                  const RunningSoftmax<T>& softmax, T* sum) {
+void store_result(const AttentionForward& p, const HeadGroup& group, int64_t row, const RunningSoftmax<T>& softmax,
+                  T* sum) {
   const int64_t d = p.shape.head_dim;
   if (softmax.total == 0) {
     fill(sum, 0, d, T{0});
@@ -57,8 +57,8 @@ void store_result(const AttentionForward& p, const HeadGroup& group, int64_t row
 // One row of a tile: finished scores of the keys `seen`, exponentiated and dropped out; 0 for the other keys
 // from `first` on, `width` in all. Returns the factor of what the row has summed so far.
 template <class T>
-T softmax_row(const HeadGroup& group, int64_t row, const Segment& segment, Range seen, int64_t first,
-              int64_t width, RunningSoftmax<T>& softmax, T* x) {
+T softmax_row(const HeadGroup& group, int64_t row, const Segment& segment, Range seen, int64_t first, int64_t width,
+              RunningSoftmax<T>& softmax, T* x) {
   const int64_t begin = seen.begin - first, n = seen.size();
   T factor{1};
   if (seen.empty()) {
@@ -103,8 +103,8 @@ void attend_tile(const HeadGroup& group, const Segment& segment, Range block, Ra
   const int64_t end = seen.end - block.begin;
   const int64_t columns = minimum(round_up(end, kPanelColumns<T>), block.size()) - first;
   T* out = buffers.out + tile_start * d_padded;
-  gemm(tile.size(), columns, d, buffers.q + tile_start * d_padded, d_padded, 1,
-       buffers.key_panels + first * d, buffers.scores, kScoreStride<T>, Mode::overwrite);
+  gemm(tile.size(), columns, d, buffers.q + tile_start * d_padded, d_padded, 1, buffers.key_panels + first * d,
+       buffers.scores, kScoreStride<T>, Mode::overwrite);
   for (int64_t i = 0; i < tile.size(); ++i) {
     const int64_t row = tile.begin + i;
     const T factor =
@@ -197,8 +197,8 @@ void attend_few(const AttentionForward& p, const HeadGroup& group, const Segment
   const int64_t score_stride = padded<T>(seen.size()) + kLanes<T>;
   T* scores = scratch.take<T>(rows * score_stride);
   load_queries(group, p.q, {0, rows}, q);
-  dot_rows(rows, seen.size(), d, q, d_padded, p.shape.dtype, segment.key(group, seen.begin),
-           segment.k.stride[2], scores, score_stride, Mode::overwrite);
+  dot_rows(rows, seen.size(), d, q, d_padded, p.shape.dtype, segment.key(group, seen.begin), segment.k.stride[2],
+           scores, score_stride, Mode::overwrite);
   for (int64_t row = 0; row < rows; ++row) {
     softmax_row(group, row, segment, intersect(segment.visible(group, row), seen), seen.begin, seen.size(),
                 softmax[row], scores + row * score_stride);
@@ -217,8 +217,7 @@ void merge_row(const AttentionForward& p, const HeadGroup& group, int64_t row, i
     const RunningSoftmax<T>& part = partial.softmax[chunk * rows + row];
     if (part.total == 0) continue;  // its sum was not written
     const T highest = maximum(whole.highest, part.highest);
-    const T old_factor = exp(broadcast(whole.highest - highest))[0],
-            factor = exp(broadcast(part.highest - highest))[0];
+    const T old_factor = exp(broadcast(whole.highest - highest))[0], factor = exp(broadcast(part.highest - highest))[0];
     whole.highest = highest;
     whole.total = whole.total * old_factor + part.total * factor;
     const T* part_sum = partial.sum + (chunk * rows + row) * d_padded;
@@ -239,16 +238,14 @@ void forward_few(const AttentionForward& p) {
   const Partial<T> partial{scratch.take<RunningSoftmax<T>>(groups * chunks * rows),
                            scratch.take<T>(groups * chunks * rows * d_padded)};
   const auto of_group = [&](int64_t group) {
-    return Partial<T>{partial.softmax + group * chunks * rows,
-                      partial.sum + group * chunks * rows * d_padded};
+    return Partial<T>{partial.softmax + group * chunks * rows, partial.sum + group * chunks * rows * d_padded};
   };
   parallel_for(groups * chunks, [&](int64_t task) {
     const HeadGroup group(p.shape, p.rule, task / chunks);
     const int64_t chunk = task % chunks;
     const bool prefix = chunk < prefix_chunks.count;
     const Partial<T> mine = of_group(task / chunks);
-    attend_few(p, group, Segment(p, prefix),
-               prefix ? prefix_chunks[chunk] : key_chunks[chunk - prefix_chunks.count],
+    attend_few(p, group, Segment(p, prefix), prefix ? prefix_chunks[chunk] : key_chunks[chunk - prefix_chunks.count],
                mine.softmax + chunk * rows, mine.sum + chunk * rows * d_padded);
   });
   parallel_for(groups, [&](int64_t index) {

@@ -10,9 +10,7 @@ namespace {
 Tensor unit_stride(const Tensor& tensor) {
   return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
-MaybeTensor unit_stride(const MaybeTensor& tensor) {
-  return tensor ? MaybeTensor(unit_stride(*tensor)) : std::nullopt;
-}
+MaybeTensor unit_stride(const MaybeTensor& tensor) { return tensor ? MaybeTensor(unit_stride(*tensor)) : std::nullopt; }
 
 // (B, H, S, L) or broadcast to it: the last stride may be 0 too.
 MaybeTensor unit_or_no_stride(const MaybeTensor& tensor) {
@@ -39,11 +37,9 @@ StridedOut strided_out(const Tensor& tensor, bool wanted) {
 }
 
 // An empty (B, H, T, D) whose memory is (B, T, H, D).
-Tensor empty_by_token(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens, int64_t head_dim,
-                      DType dtype) {
+Tensor empty_by_token(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens, int64_t head_dim, DType dtype) {
   const auto at_least_1 = [](int64_t size) { return size > 1 ? size : 1; };
-  const int64_t head = at_least_1(head_dim), token = head * at_least_1(heads),
-                sequence = token * at_least_1(tokens);
+  const int64_t head = at_least_1(head_dim), token = head * at_least_1(heads), sequence = token * at_least_1(tokens);
   const int64_t strides[4] = {sequence, head, token, 1};
   return empty_strided(like, {batch, heads, tokens, head_dim}, strides, dtype);
 }
@@ -94,12 +90,11 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                             const MaybeTensor& bias, const MaybeTensor& mask,
-                                             const MaybeTensor& prefix_k, const MaybeTensor& prefix_v,
-                                             const MaybeTensor& lengths, const MaybeTensor& seed,
-                                             double scale, bool causal, int64_t window, double softcap,
-                                             double dropout_p) {
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& bias,
+                                             const MaybeTensor& mask, const MaybeTensor& prefix_k,
+                                             const MaybeTensor& prefix_v, const MaybeTensor& lengths,
+                                             const MaybeTensor& seed, double scale, bool causal, int64_t window,
+                                             double softcap, double dropout_p) {
   const Inputs in(q, k, v, bias, mask, prefix_k, prefix_v, lengths);
   AttentionForward p{};
   p.shape = in.shape();
@@ -119,11 +114,10 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_out_in, const MaybeTensor& grad_lse_in, const Tensor& q, const Tensor& k,
-    const Tensor& v, const MaybeTensor& bias, const MaybeTensor& mask, const MaybeTensor& prefix_k,
-    const MaybeTensor& prefix_v, const MaybeTensor& lengths, const Tensor& out_in, const Tensor& lse_in,
-    const MaybeTensor& seed, double scale, bool causal, int64_t window, double softcap, double dropout_p,
-    int64_t needs) {
+    const Tensor& grad_out_in, const MaybeTensor& grad_lse_in, const Tensor& q, const Tensor& k, const Tensor& v,
+    const MaybeTensor& bias, const MaybeTensor& mask, const MaybeTensor& prefix_k, const MaybeTensor& prefix_v,
+    const MaybeTensor& lengths, const Tensor& out_in, const Tensor& lse_in, const MaybeTensor& seed, double scale,
+    bool causal, int64_t window, double softcap, double dropout_p, int64_t needs) {
   const Inputs in(q, k, v, bias, mask, prefix_k, prefix_v, lengths);
   const Tensor grad_out = unit_stride(grad_out_in), out = unit_stride(out_in), lse = as_contiguous(lse_in);
   const MaybeTensor grad_lse = as_contiguous(grad_lse_in);
@@ -143,14 +137,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
   const AttentionShape& s = p.shape;
   const auto by_token = [&](int bit, int64_t heads, int64_t tokens) {
-    return wanted[bit] ? empty_by_token(q, s.batch, heads, tokens, s.head_dim, s.dtype)
-                       : empty(q, {0}, s.dtype);
+    return wanted[bit] ? empty_by_token(q, s.batch, heads, tokens, s.head_dim, s.dtype) : empty(q, {0}, s.dtype);
   };
   // Bits 3 to 5 stand for arguments that may be absent: then nothing is computed for them.
   const auto like_argument = [&](int bit, const MaybeTensor& argument) {
     if (!wanted[bit] || !argument) return empty(q, {0}, argument ? dtype_of(*argument) : s.dtype);
-    return empty(q, {argument->size(0), argument->size(1), argument->size(2), argument->size(3)},
-                 dtype_of(*argument));
+    return empty(q, {argument->size(0), argument->size(1), argument->size(2), argument->size(3)}, dtype_of(*argument));
   };
   Tensor dq = by_token(0, s.heads, s.queries);
   Tensor dk = by_token(1, s.kv_heads, s.keys), dv = by_token(2, s.kv_heads, s.keys);

@@ -79,8 +79,7 @@ struct HeadGroup {
     Range keys{0, shape.keys};
     if (rule.causal) keys.end = minimum(keys.end, position + 1);
     if (rule.window > 0) {
-      const int64_t window =
-          minimum(rule.window, shape.keys + shape.queries);  // more says no more, and may overflow
+      const int64_t window = minimum(rule.window, shape.keys + shape.queries);  // more says no more, and may overflow
       keys.begin = maximum(keys.begin, position - window + 1);
       if (!rule.causal) keys.end = minimum(keys.end, position + window);
     }
@@ -106,9 +105,7 @@ struct Segment {
   const void* key(const HeadGroup& group, int64_t j) const { return at(group, k, j); }
   const void* value(const HeadGroup& group, int64_t j) const { return at(group, v, j); }
 
-  Range visible(const HeadGroup& group, int64_t row) const {
-    return prefix ? Range{0, count} : group.visible(row);
-  }
+  Range visible(const HeadGroup& group, int64_t row) const { return prefix ? Range{0, count} : group.visible(row); }
   // What any of these rows sees.
   Range visible(const HeadGroup& group, Range rows) const {
     return prefix ? Range{0, count} : Range{group.visible(rows.begin).begin, group.visible(rows.end - 1).end};
@@ -116,8 +113,7 @@ struct Segment {
 
  private:
   const void* at(const HeadGroup& group, const Strided& tensor, int64_t j) const {
-    const int64_t offset =
-        group.batch * tensor.stride[0] + group.kv_head * tensor.stride[1] + j * tensor.stride[2];
+    const int64_t offset = group.batch * tensor.stride[0] + group.kv_head * tensor.stride[1] + j * tensor.stride[2];
     return element(tensor.data, group.shape.dtype, offset);
   }
 };
@@ -203,8 +199,7 @@ inline void finish_scores(const HeadGroup& group, int64_t row, bool prefix, int6
     }
   }
   const int64_t whole = n / kLanes<T> * kLanes<T>;
-  if (whole < n)
-    store(x + whole, select(first_lanes<T>(n - whole), load(x + whole), broadcast(-kInfinity<T>)));
+  if (whole < n) store(x + whole, select(first_lanes<T>(n - whole), load(x + whole), broadcast(-kInfinity<T>)));
 }
 
 template <class T>

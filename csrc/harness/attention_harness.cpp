@@ -17,18 +17,15 @@ StridedOut strided_out(py::array& array) {
   for (int i = 0; i < 4; ++i) result.stride[i] = stride(array, i);
   return result;
 }
-py::array like(const py::array& array) {
-  return empty(dtype_of(array), {array.shape(), array.shape() + array.ndim()});
-}
+py::array like(const py::array& array) { return empty(dtype_of(array), {array.shape(), array.shape() + array.ndim()}); }
 
 // (B, H, S, D) q, (B, Hkv, L, D) k and v, (1 or B, Hkv, P, D) prefix, (broadcast to B, H, S, L) bias; unit
 // last strides.
 template <class Params>
 void fill_inputs(Params& p, const py::array& q, const py::array& k, const py::array& v, const py::array& bias,
-                 const py::array& prefix_k, const py::array& prefix_v, double scale, bool causal,
-                 int64_t window, double softcap, uint64_t seed, uint64_t offset, double dropout_p) {
-  p.shape = {q.shape(0), q.shape(1),        k.shape(1), q.shape(2),
-             k.shape(2), prefix_k.shape(2), q.shape(3), dtype_of(q)};
+                 const py::array& prefix_k, const py::array& prefix_v, double scale, bool causal, int64_t window,
+                 double softcap, uint64_t seed, uint64_t offset, double dropout_p) {
+  p.shape = {q.shape(0), q.shape(1), k.shape(1), q.shape(2), k.shape(2), prefix_k.shape(2), q.shape(3), dtype_of(q)};
   p.rule.scale = scale;
   p.rule.softcap = softcap;
   p.rule.causal = causal;
@@ -45,8 +42,7 @@ void fill_inputs(Params& p, const py::array& q, const py::array& k, const py::ar
 
 py::tuple forward(const std::string& level, const py::array& q, const py::array& k, const py::array& v,
                   const py::array& bias, const py::array& prefix_k, const py::array& prefix_v, double scale,
-                  bool causal, int64_t window, double softcap, uint64_t seed, uint64_t offset,
-                  double dropout_p) {
+                  bool causal, int64_t window, double softcap, uint64_t seed, uint64_t offset, double dropout_p) {
   AttentionForward p{};
   fill_inputs(p, q, k, v, bias, prefix_k, prefix_v, scale, causal, window, softcap, seed, offset, dropout_p);
   py::array out = like(q);
@@ -57,11 +53,10 @@ py::tuple forward(const std::string& level, const py::array& q, const py::array&
   return py::make_tuple(out, lse);
 }
 
-py::tuple backward(const std::string& level, const py::array& grad_out, const py::array& grad_lse,
-                   const py::array& q, const py::array& k, const py::array& v, const py::array& bias,
-                   const py::array& prefix_k, const py::array& prefix_v, const py::array& out,
-                   const py::array& lse, double scale, bool causal, int64_t window, double softcap,
-                   uint64_t seed, uint64_t offset, double dropout_p) {
+py::tuple backward(const std::string& level, const py::array& grad_out, const py::array& grad_lse, const py::array& q,
+                   const py::array& k, const py::array& v, const py::array& bias, const py::array& prefix_k,
+                   const py::array& prefix_v, const py::array& out, const py::array& lse, double scale, bool causal,
+                   int64_t window, double softcap, uint64_t seed, uint64_t offset, double dropout_p) {
   AttentionBackward p{};
   fill_inputs(p, q, k, v, bias, prefix_k, prefix_v, scale, causal, window, softcap, seed, offset, dropout_p);
   p.grad_out = strided(grad_out);

@@ -158,8 +158,7 @@ struct Run {
         const double dy = grad_out[at(f.q, n, h, i, l)];
         e_out[at(f.q, n, h, i, l)] += p[j] * keep[j] * value(j, l);
         dp[j] += keep[j] * dy * value(j, l);
-        auto& dvalue =
-            j < c.prefix ? e_dprefix_v[at(f.prefix_v, n, kv, j, l)] : e_dv[at(f.v, n, kv, j - c.prefix, l)];
+        auto& dvalue = j < c.prefix ? e_dprefix_v[at(f.prefix_v, n, kv, j, l)] : e_dv[at(f.v, n, kv, j - c.prefix, l)];
         dvalue += p[j] * keep[j] * dy;
       }
       delta += p[j] * dp[j];
@@ -169,8 +168,7 @@ struct Run {
       if (c.bias && j >= c.prefix) e_dbias[at(f.rule.bias, n, h, i, j - c.prefix)] += ds;
       for (int64_t l = 0; l < d; ++l) {
         e_dq[at(f.q, n, h, i, l)] += dr * key(j, l);
-        auto& dkey =
-            j < c.prefix ? e_dprefix_k[at(f.prefix_k, n, kv, j, l)] : e_dk[at(f.k, n, kv, j - c.prefix, l)];
+        auto& dkey = j < c.prefix ? e_dprefix_k[at(f.prefix_k, n, kv, j, l)] : e_dk[at(f.k, n, kv, j - c.prefix, l)];
         dkey += dr * q[at(f.q, n, h, i, l)];
       }
     }
@@ -194,13 +192,11 @@ struct Run {
     }
     for (size_t i = 0; i < lse.size(); ++i) {
       if (!std::isinf(e_lse[i])) continue;
-      check(std::isinf(lse[i]) && lse[i] < 0, level.isa, "lse of an empty row", number,
-            static_cast<int64_t>(i));
+      check(std::isinf(lse[i]) && lse[i] < 0, level.isa, "lse of an empty row", number, static_cast<int64_t>(i));
       lse[i] = 0;
       e_lse[i] = 0;
     }
-    const auto expect = [&](const std::vector<T>& value, const std::vector<double>& expected,
-                            const char* name) {
+    const auto expect = [&](const std::vector<T>& value, const std::vector<double>& expected, const char* name) {
       check(relative_error(value, expected) < kAllowedError<T>, level.isa, name, number);
     };
     expect(out, e_out, "out");
@@ -217,22 +213,8 @@ struct Run {
 // Each is the smallest that reaches a path of its own: few and many rows, one and several blocks and chunks,
 // every way a bias gradient is summed.
 const Case kCases[] = {
-    {.batch = 2,
-     .heads = 2,
-     .kv_heads = 1,
-     .queries = 1,
-     .keys = 530,
-     .prefix = 3,
-     .head_dim = 33,
-     .dropout_p = 0.2},
-    {.batch = 1,
-     .heads = 2,
-     .kv_heads = 2,
-     .queries = 50,
-     .keys = 50,
-     .prefix = 0,
-     .head_dim = 17,
-     .causal = true},
+    {.batch = 2, .heads = 2, .kv_heads = 1, .queries = 1, .keys = 530, .prefix = 3, .head_dim = 33, .dropout_p = 0.2},
+    {.batch = 1, .heads = 2, .kv_heads = 2, .queries = 50, .keys = 50, .prefix = 0, .head_dim = 17, .causal = true},
     {.batch = 2,
      .heads = 2,
      .kv_heads = 1,

@@ -116,8 +116,7 @@ def attention(
     if autocast is not None:
         q, k, v = (value if value.dtype == torch.float64 else value.to(autocast) for value in (q, k, v))
         bias, prefix_k, prefix_v = (
-            checks.cast(value, autocast) if isinstance(value, Tensor) else value
-            for value in (bias, prefix_k, prefix_v)
+            checks.cast(value, autocast) if isinstance(value, Tensor) else value for value in (bias, prefix_k, prefix_v)
         )
 
     _check_keys(q, k, v, prefix_k, prefix_v)
@@ -131,8 +130,7 @@ def attention(
         checks.tensor(_OP, "mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(
-                f"{_OP}: mask must be bool (True = may attend), got {mask.dtype}; pass an additive mask as "
-                "bias"
+                f"{_OP}: mask must be bool (True = may attend), got {mask.dtype}; pass an additive mask as bias"
             )
         mask = _broadcastable("mask", mask, full, q)
     if lengths is not None:
@@ -176,8 +174,7 @@ def _check_keys(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix
     checks.shape(_OP, "v", v, (batch, kv_heads, keys, head_dim), "(B, Hkv, L, D), that of k,")
     if heads != 0 if kv_heads == 0 else heads % kv_heads != 0:
         raise ValueError(
-            f"{_OP}: the number of heads of q must be a multiple of that of k and v, got {heads} and "
-            f"{kv_heads}"
+            f"{_OP}: the number of heads of q must be a multiple of that of k and v, got {heads} and {kv_heads}"
         )
     if (prefix_k is None) != (prefix_v is None):
         missing, given = ("prefix_k", "prefix_v") if prefix_k is None else ("prefix_v", "prefix_k")
@@ -189,9 +186,7 @@ def _check_keys(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix
             meaning = "(B or 1, Hkv, P, D)"
             checks.shape(_OP, name, value, (None, kv_heads, None, head_dim), meaning)
             if value.shape[0] not in (1, batch):
-                raise ValueError(
-                    f"{_OP}: {name} must have shape {meaning} with B = {batch}, got {tuple(value.shape)}"
-                )
+                raise ValueError(f"{_OP}: {name} must have shape {meaning} with B = {batch}, got {tuple(value.shape)}")
         checks.shape(_OP, "prefix_v", prefix_v, tuple(prefix_k.shape), "that of prefix_k")
         others += [("prefix_k", prefix_k), ("prefix_v", prefix_v)]
     for name, value in others:
@@ -207,9 +202,7 @@ def _broadcastable(name: str, value: Tensor, full: tuple[int, int, int, int], q:
         view = value[(None,) * missing] if missing else value
         if all(size == 1 or size == want for size, want in zip(view.shape, full, strict=True)):
             return view
-    raise ValueError(
-        f"{_OP}: {name} must be broadcastable to (B, H, S, L) = {full}, got {tuple(value.shape)}"
-    )
+    raise ValueError(f"{_OP}: {name} must be broadcastable to (B, H, S, L) = {full}, got {tuple(value.shape)}")
 
 
 def _checked_lengths(lengths: Tensor, q: Tensor) -> Tensor:

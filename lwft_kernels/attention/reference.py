@@ -68,9 +68,7 @@ def attention(
     scores, values = scores_of(k), values_of(v)
     if bias is not None:
         scores = scores + bias
-    allowed = may_attend(
-        queries, keys, causal=causal, window=window, mask=mask, lengths=lengths, device=q.device
-    )
+    allowed = may_attend(queries, keys, causal=causal, window=window, mask=mask, lengths=lengths, device=q.device)
     scores = scores.masked_fill(~allowed, -math.inf)
     if prefix_k is not None and prefix_v is not None:
         scores = torch.cat((scores_of(prefix_k).to(scores.dtype), scores), -1)

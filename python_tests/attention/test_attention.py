@@ -216,9 +216,7 @@ def test_dropout_is_that_of_the_stream():
     v = torch.eye(66).expand(2, 3, 66, 66)
     seed = torch.tensor([3, 4])
     d = F.pad(q, (0, 58)), F.pad(k, (0, 58))
-    weights, _ = torch.ops.lwft.attention_forward(
-        *d, v, None, None, None, None, None, seed, 1.0, False, 0, 0.0, 0.3
-    )
+    weights, _ = torch.ops.lwft.attention_forward(*d, v, None, None, None, None, None, seed, 1.0, False, 0, 0.0, 0.3)
     plain = torch.softmax(q @ k.transpose(-2, -1), -1)
     kept = keep_multiplier(seed, torch.arange(2 * 3 * 20), torch.arange(66), 0.3, torch.float32)
     torch.testing.assert_close(weights, plain * kept.view(plain.shape))
@@ -365,9 +363,7 @@ def test_gradcheck(rule, prefix_batch):
     assert torch.autograd.gradcheck(op, inputs)
 
 
-@pytest.mark.parametrize(
-    "names", [["q"], ["v"], ["k"], ["bias"], ["prefix_k"], ["prefix_v"], ["q", "prefix_v"]]
-)
+@pytest.mark.parametrize("names", [["q"], ["v"], ["k"], ["bias"], ["prefix_k"], ["prefix_v"], ["q", "prefix_v"]])
 def test_gradients_that_are_not_wanted_are_not_computed(names):
     arguments = make(2, 4, 2, 20, 30, 8, prefix=3, bias=(1, 4, 20, 30))
     for name, value in arguments.items():
@@ -411,10 +407,7 @@ class Attend(torch.nn.Module):
 
 
 def test_compile():
-    leaves = [
-        t.requires_grad_()
-        for t in (*torch.randn(3, 2, 4, 7, 8), torch.randn(4, 1, 7), torch.randn(1, 4, 2, 8))
-    ]
+    leaves = [t.requires_grad_() for t in (*torch.randn(3, 2, 4, 7, 8), torch.randn(4, 1, 7), torch.randn(1, 4, 2, 8))]
 
     def run(module):
         out, lse = module(*leaves)
@@ -483,12 +476,9 @@ def test_checkpoint_draws_the_same_dropout():
     ids=str,
 )
 def test_same_bits_for_every_thread_count(shape):
-    arguments = make(
-        *shape, prefix=5, causal=True, dropout_p=0.1, bias=(1, *shape[1:2], *shape[3:5]), return_lse=True
-    )
+    arguments = make(*shape, prefix=5, causal=True, dropout_p=0.1, bias=(1, *shape[1:2], *shape[3:5]), return_lse=True)
     arguments = {
-        n: v.detach().float().requires_grad_() if isinstance(v, torch.Tensor) else v
-        for n, v in arguments.items()
+        n: v.detach().float().requires_grad_() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()
     }
     threads = torch.get_num_threads()
     results = []
