@@ -84,9 +84,7 @@ def _why_not(module: lora.Linear, x: Any, args: tuple[Any, ...], kwargs: dict[st
         return "input and adapter are on different devices"
     if not getattr(module, "cast_input_dtype_enabled", True):
         return "cast_input_dtype_enabled is off"
-    if not x.is_floating_point() or (
-        checks.autocast_dtype(x.device) is None and not _goes_with(a.weight, x)
-    ):
+    if not x.is_floating_point() or (checks.autocast_dtype(x.device) is None and not _goes_with(a.weight, x)):
         return f"an adapter of {a.weight.dtype} on an input of {x.dtype}"
     if backend.current_backend() == "reference":
         return None

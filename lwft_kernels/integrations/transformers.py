@@ -34,7 +34,8 @@ def attention_forward(
     query: Tensor,  # (B, H, S, D), a transposed view
     key: Tensor,  # (B, Hkv, L, D)
     value: Tensor,  # (B, Hkv, L, D)
-    attention_mask: Tensor | None,  # bool True = may attend, or float added to the scores; (B or 1, H or 1, S, L)
+    attention_mask: Tensor
+    | None,  # bool True = may attend, or float added to the scores; (B or 1, H or 1, S, L)
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -66,7 +67,15 @@ def attention_forward(
         if mask.dtype != torch.bool:
             mask, bias = None, mask.to(query.dtype) if bias is None else bias + mask
     out = LF.attention(
-        query, key, value, bias=bias, mask=mask, scale=scaling, causal=causal, softcap=softcap, dropout_p=dropout
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        scale=scaling,
+        causal=causal,
+        softcap=softcap,
+        dropout_p=dropout,
     )
     return out.transpose(1, 2), None
 
@@ -117,7 +126,9 @@ def _original(
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
+            ~attention_mask, lowest
+        )
     if position_bias is not None:
         kwargs["position_bias"] = position_bias
     out: tuple[Tensor, Any] = eager(
@@ -160,7 +171,9 @@ def _plan_pretrained(prefix: str, model: PreTrainedModel) -> list[Change]:
             changes.append(Change(name, was, NAME, apply=switch.on, revert=switch.off))
     if not changes:
         what = f"attention of {type(model).__name__}"
-        return [Change(prefix or type(model).__name__, what, reason="no module calls the attention interface")]
+        return [
+            Change(prefix or type(model).__name__, what, reason="no module calls the attention interface")
+        ]
     return changes
 
 
