@@ -13,8 +13,8 @@ using Index = std::optional<py::array_t<int64_t>>;
 
 // x (T, d_in), a (n, r, d_in), b (n, d_out, r) of one dtype; adapter_index (T,) int64, or None for adapter 0.
 template <class Parameters>
-void fill(Parameters& p, const py::array& x, const py::array& a, const py::array& b,
-          const Index& adapter_index, double scale, uint64_t seed, uint64_t offset, double dropout_p) {
+void fill(Parameters& p, const py::array& x, const py::array& a, const py::array& b, const Index& adapter_index,
+          double scale, uint64_t seed, uint64_t offset, double dropout_p) {
   p.tokens = x.shape(0);
   p.in_features = x.shape(1);
   p.adapters = a.shape(0);
@@ -48,10 +48,9 @@ py::tuple forward(const std::string& level, const py::array& x, const py::array&
   return py::make_tuple(out, hidden);
 }
 
-py::tuple backward(const std::string& level, const py::array& grad_out, const py::array& x,
-                   const py::array& a, const py::array& b, const py::array& hidden,
-                   const Index& adapter_index, double scale, uint64_t seed, uint64_t offset,
-                   double dropout_p) {
+py::tuple backward(const std::string& level, const py::array& grad_out, const py::array& x, const py::array& a,
+                   const py::array& b, const py::array& hidden, const Index& adapter_index, double scale, uint64_t seed,
+                   uint64_t offset, double dropout_p) {
   LowRankBackward p{};
   fill(p, x, a, b, adapter_index, scale, seed, offset, dropout_p);
   p.grad_out = grad_out.data();

@@ -73,9 +73,7 @@ struct Plan {
   int64_t token(const Block& block, int64_t i) const {
     return order != nullptr ? order[block.first + i] : block.first + i;
   }
-  bool contiguous(const Block& block) const {
-    return token(block, block.rows - 1) - token(block, 0) == block.rows - 1;
-  }
+  bool contiguous(const Block& block) const { return token(block, block.rows - 1) - token(block, 0) == block.rows - 1; }
 };
 
 Plan make_plan(int64_t tokens, int64_t adapters, const int64_t* adapter_index, Scratch& scratch) {
@@ -86,9 +84,7 @@ Plan make_plan(int64_t tokens, int64_t adapters, const int64_t* adapter_index, S
   if (adapter_index == nullptr) {
     for (int64_t group = 0; group <= groups; ++group) first[group] = group == 0 ? 0 : tokens;
   } else {
-    const auto group_of = [&](int64_t token) {
-      return adapter_index[token] < 0 ? adapters : adapter_index[token];
-    };
+    const auto group_of = [&](int64_t token) { return adapter_index[token] < 0 ? adapters : adapter_index[token]; };
     order = scratch.take<int64_t>(tokens);
     int64_t* const next = scratch.take<int64_t>(groups);
     for (int64_t group = 0; group <= groups; ++group) first[group] = 0;
@@ -205,17 +201,17 @@ struct Deep {
       const Mode mode = i == 0 ? Mode::overwrite : Mode::accumulate;
       const Tile<T> tile = view(i, depth, scratch);
       if (from != nullptr && !by_dots()) {
-        gemm(block.rows, factor.n, depth, tile.data, tile.row_stride, 1, from + i * padded<T>(factor.n),
-             middle, middle_stride, mode);
+        gemm(block.rows, factor.n, depth, tile.data, tile.row_stride, 1, from + i * padded<T>(factor.n), middle,
+             middle_stride, mode);
       } else if (from != nullptr) {
-        dot_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, dtype_of<T>(), from + i, factor.k,
-                 middle, middle_stride, mode);
+        dot_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, dtype_of<T>(), from + i, factor.k, middle,
+                 middle_stride, mode);
       } else if (factor.row_stride == 1) {
-        dot_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, factor.dtype,
-                 factor.element(group, i, 0), factor.col_stride, middle, middle_stride, mode);
+        dot_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, factor.dtype, factor.element(group, i, 0),
+                 factor.col_stride, middle, middle_stride, mode);
       } else {
-        combine_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, factor.dtype,
-                     factor.element(group, i, 0), factor.row_stride, middle, middle_stride, mode);
+        combine_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, factor.dtype, factor.element(group, i, 0),
+                     factor.row_stride, middle, middle_stride, mode);
       }
     }
   }
@@ -239,8 +235,7 @@ struct Wide {
     for (int64_t j = begin; j < end; j += width) {
       const int64_t n = minimum(width, end - j);
       T* const panel = panels + (j - begin) * depth();
-      pack_panels(factor.dtype, factor.element(group, 0, j), factor.row_stride, factor.col_stride, factor.k,
-                  n, panel);
+      pack_panels(factor.dtype, factor.element(group, 0, j), factor.row_stride, factor.col_stride, factor.k, n, panel);
       if (bias == nullptr) continue;
       T* const last = panel + factor.k * padded<T>(n);
       for (int64_t c = 0; c < n; c += kLanes<T>) store(last + c, load_columns(bias, j + c, j + n));
@@ -284,8 +279,7 @@ class Forward {
     T* const middle = scratch.take<T>(p.tokens * middle_stride);
     const int64_t width = round_up(ceil_div(p.out_features, splits), kColumns);
     const auto middle_of = [&](const Block& block) { return middle + block.first * middle_stride; };
-    run(plan.count, work,
-        [&](int64_t task) { make_middle(plan.blocks[task], middle_of(plan.blocks[task])); });
+    run(plan.count, work, [&](int64_t task) { make_middle(plan.blocks[task], middle_of(plan.blocks[task])); });
     run(plan.count * splits, work, [&](int64_t task) {
       const Block& block = plan.blocks[task / splits];
       const int64_t begin = task % splits * width;
@@ -320,8 +314,7 @@ class Forward {
         down.pack(group, begin, minimum(begin + kPackColumns, p.in_features));
       } else {
         const int64_t begin = (part - down_tasks) * kPackColumns;
-        up.pack(group, begin, minimum(begin + kPackColumns, p.out_features),
-                up_packed[group] + begin * up.depth());
+        up.pack(group, begin, minimum(begin + kPackColumns, p.out_features), up_packed[group] + begin * up.depth());
       }
     });
   }
@@ -506,8 +499,7 @@ class Backward {
       if (sums == nullptr) continue;
       if (first == last) __builtin_memset(sums, 0, static_cast<size_t>(p.rank * stride) * sizeof(T));
       for (int64_t i = 0; i < p.rank; ++i) {
-        store_row(p.param_dtype, sums + i * stride, end - begin, p.da,
-                  (group * p.rank + i) * p.in_features + begin);
+        store_row(p.param_dtype, sums + i * stride, end - begin, p.da, (group * p.rank + i) * p.in_features + begin);
       }
     }
     if (p.dx == nullptr || first_block(p.adapters) == last_block(p.adapters)) return;
@@ -590,8 +582,7 @@ class Backward {
 
   // dB^T (+)= hidden^T dy and dbias += the sum of dy, for columns begin .. end - 1 of dy and a block of
   // tokens.
-  void take_grad_out(const Block& block, int64_t begin, int64_t end, T* db, T* dbias, int64_t stride,
-                     Mode mode) const {
+  void take_grad_out(const Block& block, int64_t begin, int64_t end, T* db, T* dbias, int64_t stride, Mode mode) const {
     Scratch local;
     T* const columns = local.take<T>(block.rows * kColumns);
     T* const panels = local.take<T>(panel_size<T>(block.rows, kColumns));
@@ -605,8 +596,7 @@ class Backward {
       const Tile<T> dy = view_grad_out(block, j, n, columns);
       if (db != nullptr) {
         pack_panels(dtype_of<T>(), dy.data, dy.row_stride, 1, block.rows, n, panels);
-        gemm(p.rank, n, block.rows, hidden.data, 1, hidden.row_stride, panels, db + (j - begin), stride,
-             mode);
+        gemm(p.rank, n, block.rows, hidden.data, 1, hidden.row_stride, panels, db + (j - begin), stride, mode);
       }
       if (dbias != nullptr) add_rows(block.rows, n, dy, dbias + (j - begin));
     }

@@ -52,8 +52,8 @@ void set_input(Parameters& p, const Tensor& x, double scale, const MaybeTensor& 
 
 // out = bias + the product, or out += the product; returns the hidden middle.
 Tensor forward_into(const Tensor& out, bool accumulate, const Tensor& x, const MaybeTensor& bias_in,
-                    const Factors& factors, const MaybeTensor& index_in, const MaybeTensor& seed,
-                    double scale, double dropout_p) {
+                    const Factors& factors, const MaybeTensor& index_in, const MaybeTensor& seed, double scale,
+                    double dropout_p) {
   const MaybeTensor bias = as_contiguous(bias_in), index = as_contiguous(index_in);
   LowRankForward p{};
   factors.fill(p);
@@ -77,9 +77,9 @@ struct Gradients {
   DType bias_dtype;
 };
 
-void backward_into(const Gradients& gradients, const Tensor& grad_out, const Tensor& x,
-                   const Factors& factors, const Tensor& hidden_in, const MaybeTensor& index_in,
-                   const MaybeTensor& seed, double scale, double dropout_p) {
+void backward_into(const Gradients& gradients, const Tensor& grad_out, const Tensor& x, const Factors& factors,
+                   const Tensor& hidden_in, const MaybeTensor& index_in, const MaybeTensor& seed, double scale,
+                   double dropout_p) {
   const Tensor hidden = as_contiguous(hidden_in);
   const MaybeTensor index = as_contiguous(index_in);
   LowRankBackward p{};
@@ -117,8 +117,7 @@ Tensor transposed(const Tensor& matrix) {
 
 // result += a b
 void add_product(const Tensor& result, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(result.get(), result.get(), a.get(), b.get(), 1.0, 1.0));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 // result = a b
@@ -138,8 +137,7 @@ std::tuple<Tensor, Tensor> low_rank_linear_forward(const Tensor& x_in, const Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(const Tensor& grad_in, const Tensor& x_in,
-                                                                    const Tensor& down_weight,
-                                                                    const Tensor& up_weight,
+                                                                    const Tensor& down_weight, const Tensor& up_weight,
                                                                     const Tensor& hidden, int64_t needs) {
   const Tensor grad_out = with_unit_rows(grad_in), x = with_unit_rows(x_in);
   const Factors factors(down_weight, up_weight);
@@ -148,18 +146,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(const Tensor
   Tensor dx = wanted.empty(0, x, {x.size(0), x.size(1)}, dtype_of(x));
   Tensor ddown = empty_like(wanted, 1, down_weight), dup = empty_like(wanted, 2, up_weight);
   Tensor dbias = wanted.empty(3, x, {up_weight.size(0)}, param_dtype);
-  const Gradients gradients{wanted.data(0, dx), wanted.data(1, ddown), wanted.data(2, dup),
-                            wanted.data(3, dbias), param_dtype};
+  const Gradients gradients{wanted.data(0, dx), wanted.data(1, ddown), wanted.data(2, dup), wanted.data(3, dbias),
+                            param_dtype};
   backward_into(gradients, grad_out, x, factors, hidden, {}, {}, 1.0, 0.0);
   return {dx, ddown, dup, dbias};
 }
 
 // ---- lora_linear: the low-rank part and the bias first, then the vendor adds x W^T in place ----
 
-std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Tensor& weight,
-                                               const MaybeTensor& bias, const Tensor& lora_a,
-                                               const Tensor& lora_b, const MaybeTensor& adapter_index,
-                                               const MaybeTensor& seed, double scale, double dropout_p) {
+std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Tensor& weight, const MaybeTensor& bias,
+                                               const Tensor& lora_a, const Tensor& lora_b,
+                                               const MaybeTensor& adapter_index, const MaybeTensor& seed, double scale,
+                                               double dropout_p) {
   const Tensor x = with_unit_rows(x_in);
   const Factors factors(lora_a, lora_b);
   Tensor out = empty(x, {x.size(0), weight.size(0)}, dtype_of(x));
@@ -168,10 +166,12 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Tensor&
   return {out, hidden};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
-    const Tensor& grad_in, const Tensor& x_in, const Tensor& weight, const Tensor& lora_a,
-    const Tensor& lora_b, const Tensor& hidden, const MaybeTensor& adapter_index, const MaybeTensor& seed,
-    double scale, double dropout_p, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_in, const Tensor& x_in,
+                                                                        const Tensor& weight, const Tensor& lora_a,
+                                                                        const Tensor& lora_b, const Tensor& hidden,
+                                                                        const MaybeTensor& adapter_index,
+                                                                        const MaybeTensor& seed, double scale,
+                                                                        double dropout_p, int64_t needs) {
   const Tensor grad_out = with_unit_rows(grad_in), x = with_unit_rows(x_in);
   const Factors factors(lora_a, lora_b);
   const Wanted wanted(needs);
@@ -180,8 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
   Tensor dweight = wanted.empty(1, x, {weight.size(0), weight.size(1)}, dtype);
   Tensor dbias = wanted.empty(2, x, {weight.size(0)}, dtype);
   Tensor da = empty_like(wanted, 3, lora_a), db = empty_like(wanted, 4, lora_b);
-  const Gradients gradients{wanted.data(0, dx), wanted.data(3, da), wanted.data(4, db), wanted.data(2, dbias),
-                            dtype};
+  const Gradients gradients{wanted.data(0, dx), wanted.data(3, da), wanted.data(4, db), wanted.data(2, dbias), dtype};
   backward_into(gradients, grad_out, x, factors, hidden, adapter_index, seed, scale, dropout_p);
   if (wanted[0] && x.size(0) > 0) add_product(dx, grad_out, weight);
   if (wanted[1]) product_into(dweight, transposed(grad_out), x);
@@ -194,15 +193,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
 bool share_memory(const Tensor& x, const Tensor& y) {
   const auto first = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
   const auto last = [&](const Tensor& t) {
-    return first(t) +
-           ((t.size(0) - 1) * t.stride(0) + t.size(1)) * static_cast<int64_t>(element_size(dtype_of(t)));
+    return first(t) + ((t.size(0) - 1) * t.stride(0) + t.size(1)) * static_cast<int64_t>(element_size(dtype_of(t)));
   };
   return first(x) < last(y) && first(y) < last(x);
 }
 
-Tensor lora_delta_forward_(const Tensor& base_out, const Tensor& x_in, const Tensor& lora_a,
-                           const Tensor& lora_b, const MaybeTensor& adapter_index, const MaybeTensor& seed,
-                           double scale, double dropout_p) {
+Tensor lora_delta_forward_(const Tensor& base_out, const Tensor& x_in, const Tensor& lora_a, const Tensor& lora_b,
+                           const MaybeTensor& adapter_index, const MaybeTensor& seed, double scale, double dropout_p) {
   STD_TORCH_CHECK(base_out.size(1) == 1 || base_out.stride(1) == 1,
                   "lwft::lora_delta_forward_: base_out must have unit stride along its rows");
   Tensor x = with_unit_rows(x_in);
@@ -220,11 +217,10 @@ std::tuple<Tensor, Tensor> lora_delta_forward(const Tensor& base_out, const Tens
   return {out, hidden};
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_delta_backward(const Tensor& grad_in, const Tensor& x_in,
-                                                       const Tensor& lora_a, const Tensor& lora_b,
-                                                       const Tensor& hidden, const MaybeTensor& adapter_index,
-                                                       const MaybeTensor& seed, double scale,
-                                                       double dropout_p, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor> lora_delta_backward(const Tensor& grad_in, const Tensor& x_in, const Tensor& lora_a,
+                                                       const Tensor& lora_b, const Tensor& hidden,
+                                                       const MaybeTensor& adapter_index, const MaybeTensor& seed,
+                                                       double scale, double dropout_p, int64_t needs) {
   const Tensor grad_out = with_unit_rows(grad_in), x = with_unit_rows(x_in);
   const Factors factors(lora_a, lora_b);
   const Wanted wanted(needs);

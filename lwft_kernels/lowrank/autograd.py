@@ -21,9 +21,7 @@ from lwft_kernels.registration import gradients, register, wanted
 
 def _results(needs: int, *likes: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, ...]:
     """What a backward op returns: (like, shape) per gradient, empty where it is not wanted."""
-    return tuple(
-        like.new_empty(shape if needs >> bit & 1 else (0,)) for bit, (like, shape) in enumerate(likes)
-    )
+    return tuple(like.new_empty(shape if needs >> bit & 1 else (0,)) for bit, (like, shape) in enumerate(likes))
 
 
 def _backward_op(name: str, *args: Any) -> Any:
@@ -132,9 +130,7 @@ def _lora_linear_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[T
     if grad_out is None:
         return (None,) * 9
     needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3, 4))
-    results = _backward_op(
-        "lora_linear_backward", grad_out, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs
-    )
+    results = _backward_op("lora_linear_backward", grad_out, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs)
     return (*gradients(results, needs), None, None, None, None)
 
 
@@ -201,9 +197,7 @@ lora_delta = register(
 )
 
 if backend.library_error is None:
-    torch.library.register_fake(
-        "lwft::lora_delta_forward_", lambda *arguments: _lora_delta_forward_fake(*arguments)[1]
-    )
+    torch.library.register_fake("lwft::lora_delta_forward_", lambda *arguments: _lora_delta_forward_fake(*arguments)[1])
 
 
 def _write_rows(base_out: Tensor, *rest: Any) -> Tensor:

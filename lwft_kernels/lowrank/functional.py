@@ -179,8 +179,7 @@ def lora_delta_(
     for name, value in (("x", x), ("lora_a", lora_a)):
         if (value.dtype == torch.float64) != (base_out.dtype == torch.float64):
             raise TypeError(
-                f"{op}: {name} is {value.dtype} but base_out is {base_out.dtype}; float64 goes with "
-                "float64 only"
+                f"{op}: {name} is {value.dtype} but base_out is {base_out.dtype}; float64 goes with float64 only"
             )
     scale = checks.number(op, "scale", scale)
     dropout_p = checks.probability(op, "dropout_p", dropout_p)
@@ -262,9 +261,7 @@ def _check_writable(op: str, base_out: Tensor) -> None:
         return
     source = base_out if base_out._base is None else base_out._base
     if source.is_leaf and source.requires_grad:
-        raise ValueError(
-            f"{op}: base_out is a leaf that requires a gradient, not to be written; pass base_out.clone()"
-        )
+        raise ValueError(f"{op}: base_out is a leaf that requires a gradient, not to be written; pass base_out.clone()")
 
 
 def _token_adapters(op: str, adapter_index: Tensor | None, x: Tensor, adapters: int) -> Tensor | None:

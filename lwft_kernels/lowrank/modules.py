@@ -23,9 +23,7 @@ def _checked_linear(module: str, linear: object) -> nn.Linear:
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"{module}: linear must be an nn.Linear, got {type(linear).__name__}")
     if type(linear).forward is not nn.Linear.forward:  # a LoRALinear, say, whose branch would be lost
-        raise TypeError(
-            f"{module}: linear must compute what nn.Linear does, not be a {type(linear).__name__}"
-        )
+        raise TypeError(f"{module}: linear must compute what nn.Linear does, not be a {type(linear).__name__}")
     return linear
 
 
@@ -85,9 +83,7 @@ class LowRankLinear(nn.Module):
         rank = _checked_rank("LowRankLinear.from_linear", rank)
         full = min(linear.in_features, linear.out_features)
         if rank > full:
-            raise ValueError(
-                f"LowRankLinear.from_linear: rank must be at most {full} for {linear}, got {rank}"
-            )
+            raise ValueError(f"LowRankLinear.from_linear: rank must be at most {full} for {linear}, got {rank}")
         weight = linear.weight.detach()
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         u, s, v = torch.linalg.svd(wide, full_matrices=False)
@@ -214,9 +210,7 @@ class LoRALinear(nn.Linear):
         if self.merged:
             return super().forward(x)
         dropout_p = self.lora_dropout if self.training else 0.0
-        return lora_linear(
-            x, self.weight, self.bias, self.lora_a, self.lora_b, scale=self.scale, dropout_p=dropout_p
-        )
+        return lora_linear(x, self.weight, self.bias, self.lora_a, self.lora_b, scale=self.scale, dropout_p=dropout_p)
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -93,9 +93,7 @@ def both(op):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_low_rank_linear(shape, dtype):
     for tokens in TOKENS:
-        check_op(
-            *both(LF.low_rank_linear), low_rank_arguments(tokens, *shape), dtype, note=f"{tokens} tokens"
-        )
+        check_op(*both(LF.low_rank_linear), low_rank_arguments(tokens, *shape), dtype, note=f"{tokens} tokens")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -169,9 +167,7 @@ def test_adapter_index_of_a_batch_is_one_lora_linear_per_row():
             expected = expected + 2.0 * x[row] @ a[adapter].T @ b[adapter].T
         torch.testing.assert_close(out[row], expected)
     assert torch.equal(out, LF.lora_linear(x, weight, bias, a, b, scale=2.0, adapter_index=index.int()))
-    assert torch.equal(
-        out[1], LF.lora_linear(x, weight, bias, a, torch.zeros_like(b), adapter_index=index)[1]
-    )
+    assert torch.equal(out[1], LF.lora_linear(x, weight, bias, a, torch.zeros_like(b), adapter_index=index)[1])
 
 
 def test_unused_adapters_get_zero_gradients():
@@ -270,9 +266,7 @@ def test_thin_shapes(shape, dtype):
 # ---- only what is asked for ----
 
 
-@pytest.mark.parametrize(
-    "wanted", [("x",), ("lora_a",), ("lora_b",), ("weight", "bias"), ("x", "lora_b")], ids=str
-)
+@pytest.mark.parametrize("wanted", [("x",), ("lora_a",), ("lora_b",), ("weight", "bias"), ("x", "lora_b")], ids=str)
 def test_some_gradients_only(wanted):
     arguments = lora_arguments(20, 33, 70, 4, dropout_p=0.25)
     for name, value in arguments.items():
@@ -292,9 +286,7 @@ def test_gradcheck(op):
     else:
         arguments = delta_arguments(5, 7, 6, 3, dropout_p=0.3)
         call = lora_delta
-    names = [
-        name for name, value in arguments.items() if isinstance(value, torch.Tensor) and value.requires_grad
-    ]
+    names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor) and value.requires_grad]
     rest = {name: value for name, value in arguments.items() if name not in names}
 
     def seeded(*values):
@@ -343,8 +335,6 @@ def test_two_runs_of_lora_linear_agree():
     for _ in range(2):
         torch.manual_seed(4)
         out = LF.lora_linear(**arguments)
-        grads = torch.autograd.grad(
-            out.square().sum(), [arguments[n] for n in ("x", "weight", "lora_a", "lora_b")]
-        )
+        grads = torch.autograd.grad(out.square().sum(), [arguments[n] for n in ("x", "weight", "lora_a", "lora_b")])
         results.append((out, *grads))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -71,12 +71,8 @@ def test_tasks_may_run_on_any_thread(level):
     try:
         for threads in (1, 3):
             lwft_harness.set_threads(threads)
-            out, hidden = lwft_harness.low_rank_forward(
-                level, x, a, b, bias, None, index, 1.0, SEED, OFFSET, 0.1
-            )
-            grads = lwft_harness.low_rank_backward(
-                level, grad_out, x, a, b, hidden, index, 1.0, SEED, OFFSET, 0.1
-            )
+            out, hidden = lwft_harness.low_rank_forward(level, x, a, b, bias, None, index, 1.0, SEED, OFFSET, 0.1)
+            grads = lwft_harness.low_rank_backward(level, grad_out, x, a, b, hidden, index, 1.0, SEED, OFFSET, 0.1)
             results.append((out, hidden, *grads))
     finally:
         lwft_harness.set_threads(1)

@@ -59,9 +59,7 @@ def test_low_rank_linear_starts_as_nn_linear_does():
     assert 0.8 < layer.bias.std() / linear.bias.std() < 1.25
 
 
-@pytest.mark.parametrize(
-    "rank,error", [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError)]
-)
+@pytest.mark.parametrize("rank,error", [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError)])
 def test_ranks(rank, error):
     for make in (
         lambda: LowRankLinear(24, 40, rank),
@@ -187,9 +185,7 @@ def test_loading_an_nn_linear_and_a_loralib_state():
     missing = layer.load_state_dict(linear.state_dict(), strict=False)
     assert missing.missing_keys == ["lora_a", "lora_b"] and not missing.unexpected_keys
     state = layer.state_dict()
-    theirs = {
-        name.replace("lora_a", "lora_A").replace("lora_b", "lora_B"): value for name, value in state.items()
-    }
+    theirs = {name.replace("lora_a", "lora_A").replace("lora_b", "lora_B"): value for name, value in state.items()}
     twin = nn.Sequential(lora_layer())
     twin.load_state_dict({f"0.{name}": value for name, value in theirs.items()})
     x = torch.randn(3, 24)
@@ -239,9 +235,7 @@ def test_two_processes_average_their_gradients(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     command = [sys.executable, "-c", DISTRIBUTED]
     processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")], env=environment, stderr=subprocess.PIPE
-        )
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=environment, stderr=subprocess.PIPE)
         for rank in range(2)
     ]
     for process in processes:

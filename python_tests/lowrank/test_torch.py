@@ -107,9 +107,7 @@ def test_compile():
         outs = function(*inputs)
         return (*outs, *torch.autograd.grad(sum(out.square().sum() for out in outs), inputs))
 
-    for compiled, eager in zip(
-        results(torch.compile(all_ops, fullgraph=True)), results(all_ops), strict=True
-    ):
+    for compiled, eager in zip(results(torch.compile(all_ops, fullgraph=True)), results(all_ops), strict=True):
         torch.testing.assert_close(compiled, eager)
 
 
@@ -223,9 +221,7 @@ def test_delta_on_a_batch(use, bias):
     expected = F.linear(rows, weight, b0 if bias else None) + rows @ a.T @ b.T
     assert returned.data_ptr() == base_out.data_ptr() and torch.equal(returned, base_out)
     torch.testing.assert_close(returned, expected)
-    ours = torch.autograd.grad(
-        (returned if use == "returned" else base_out).square().sum(), (x, weight, a, b)
-    )
+    ours = torch.autograd.grad((returned if use == "returned" else base_out).square().sum(), (x, weight, a, b))
     theirs = torch.autograd.grad(expected.square().sum(), (x, weight, a, b))
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine - other).norm() < 1e-5 * other.norm()
