@@ -50,8 +50,8 @@ def run_backward(op: str, *args: Any) -> Any:
 def _no_double_backward(op: str) -> Formula:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(
-            f"lwft_kernels.{op} has no second derivative: differentiate once (create_graph=False), or compute this part "
-            "with lwft_kernels.use_backend('reference')"
+            f"lwft_kernels.{op} has no second derivative: differentiate once (create_graph=False), or compute this "
+            "part with lwft_kernels.use_backend('reference')"
         )
 
     return backward
@@ -124,8 +124,8 @@ def register(
             return forward_op(*args)
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
-                f"lwft_kernels.{op} does not work under torch.func transforms (grad, vmap, ...): use torch.autograd, or "
-                "lwft_kernels.use_backend('reference')"
+                f"lwft_kernels.{op} does not work under torch.func transforms (grad, vmap, ...): use torch.autograd, "
+                "or lwft_kernels.use_backend('reference')"
             )
         # below autograd a tangent would be lost without a word
         if forward_ad._current_level >= 0 and _has_tangent(args):

@@ -25,7 +25,9 @@ struct AdapterForward {
   const void* up_weight;  // (model_dim, bottleneck) contiguous
   const void* up_bias;    // (model_dim) or null
   double scale;
-  Dropout dropout;       // row = token, col = feature of the (tokens, model_dim) branch
+  Dropout dropout;  // row = token, col = feature of the (tokens, model_dim) branch
+  const int64_t*
+      device_seed;  // CUDA: (seed, offset) in device memory, to stand for those of dropout; null on the CPU
   const void* residual;  // (tokens, model_dim), or null for none; may be x itself
   int64_t residual_row_stride;
   void* out;     // (tokens, model_dim) contiguous
@@ -60,6 +62,11 @@ struct AdapterBackward {
   void* dnorm_weight;
   void* dnorm_bias;
 };
+
+// The CUDA kernel (adapter_cuda.cu); its pointers are the device's. Why it cannot serve this call, or null.
+const char* adapter_cuda_declines(const AdapterForward&);
+// Enqueues it on a cudaStream_t and returns a cudaError_t.
+int adapter_forward_cuda(const AdapterForward&, void* stream);
 
 // One level of the CPU kernels (common/cpu/dispatch.h).
 struct AdapterKernels {

@@ -22,21 +22,24 @@ namespace {
 // What is kept between the passes is bounded by this, whatever the number of tokens: (kChunkTokens, bottleneck) twice.
 constexpr int64_t kChunkTokens = 2048;
 
-template <class T>
+template <class E>
 class Backward {
+  using T = SumOf<E>;
+
  public:
   explicit Backward(const AdapterBackward& p)
       : p_(p),
         d_(p.model_dim),
         m_(p.bottleneck),
-        few_(p.tokens <= kFewTokens),
+        few_(!kIsPair<E> && p.tokens <= kFewTokens),
         normed_(p.norm_weight != nullptr),
         up_wanted_(p.dup_weight != nullptr || p.dup_bias != nullptr),
         sums_wanted_(p.ddown_weight != nullptr || p.dnorm_weight != nullptr),
         down_wanted_(sums_wanted_ || p.dnorm_bias != nullptr),
         dz_wanted_(p.dx != nullptr || down_wanted_ || p.ddown_bias != nullptr),
-        dz_stride_(buffer_stride<T>(m_)),
-        h_stride_(padded<T>(m_)),
+        dz_stride_(buffer_stride<E>(units<E>(m_))),
+        h_stride_(kIsPair<E> ? dz_stride_ : padded<T>(m_)),
+        sum_stride_(padded<T>(m_)),
         norm_weight_(normed_ ? parameter_row(p.param_dtype, p.norm_weight, d_, T{1}, scratch_) : nullptr),
         norm_bias_(normed_ ? parameter_row(p.param_dtype, p.norm_bias, d_, T{0}, scratch_) : nullptr),
         up_(p.param_dtype, p.up_weight, m_, 1, few_ || !dz_wanted_ ? 0 : d_, m_, scratch_),
@@ -47,14 +50,14 @@ class Backward {
     const int64_t chunk_tokens = chunks > 1 ? round_up(ceil_div(p_.tokens, chunks), kKBlock) : p_.tokens;
     tiles_ = token_tiles<T>(chunk_tokens, d_);
     if (few_) tiles_ = {p_.tokens, p_.tokens, p_.tokens > 0 ? 1 : 0};
-    dz_ = scratch_.take<T>(dz_wanted_ ? chunk_tokens * dz_stride_ : 0);
-    h_ = scratch_.take<T>(up_wanted_ ? chunk_tokens * h_stride_ : 0);
-    tile_sums_ = scratch_.take<T>(dz_wanted_ ? tiles_.count * dz_stride_ : 0);
-    ddown_bias_ = scratch_.take<T>(dz_stride_);
-    for (int64_t k = 0; k < dz_stride_; ++k) ddown_bias_[k] = T{0};
+    dz_ = scratch_.take<E>(dz_wanted_ ? chunk_tokens * dz_stride_ : 0);
+    h_ = scratch_.take<E>(up_wanted_ ? chunk_tokens * h_stride_ : 0);
+    tile_sums_ = scratch_.take<T>(dz_wanted_ ? tiles_.count * sum_stride_ : 0);
+    ddown_bias_ = scratch_.take<T>(sum_stride_);
+    for (int64_t k = 0; k < sum_stride_; ++k) ddown_bias_[k] = T{0};
     dup_bias_ = scratch_.take<T>(up_wanted_ ? padded<T>(d_) : 0);
     if (chunks > 1) {
-      dup_ = scratch_.take<T>(up_wanted_ ? d_ * h_stride_ : 0);
+      dup_ = scratch_.take<T>(up_wanted_ ? d_ * sum_stride_ : 0);
       ddown_ = scratch_.take<T>(sums_wanted_ ? slices() * kBlockColumns * m_ : 0);
     }
     pack(up_, down_);
@@ -84,45 +87,64 @@ class Backward {
       parallel_for(tiles_.count, [&](int64_t tile) { token_tile(tile); });
     }
     for (int64_t tile = 0; dz_wanted_ && tile < tiles_.count; ++tile) {
-      for (int64_t k = 0; k < m_; ++k) ddown_bias_[k] += tile_sums_[tile * dz_stride_ + k];
+      for (int64_t k = 0; k < m_; ++k) ddown_bias_[k] += tile_sums_[tile * sum_stride_ + k];
     }
   }
 
   void token_tile(int64_t tile) {
     const int64_t begin = tiles_.begin(tile), rows = tiles_.size(tile);
-    T* dz = dz_ + begin * dz_stride_;
-    if (dz_wanted_) {
-      Scratch scratch;
-      const Tile<T> g = gradient_rows(begin, rows, scratch);
-      if (few_) {
-        for_column_slices(m_, d_, [&](int64_t from, int64_t to) {
-          combine_rows(rows, to - from, d_, g.data, g.row_stride, p_.param_dtype,
-                       element(p_.param_dtype, p_.up_weight, from), m_, dz + from, dz_stride_,
-                       Mode::overwrite);
-        });
-      } else {
-        gemm(rows, m_, d_, g.data, g.row_stride, 1, up_.panels(), dz, dz_stride_, Mode::overwrite);
-      }
+    Scratch scratch;
+    // G Wu, which becomes dZ: in the place of dZ, if that is of the same type
+    T* product = nullptr;
+    int64_t stride = dz_stride_;
+    if constexpr (kIsPair<E>) {
+      stride = sum_stride_;
+      product = scratch.take<T>(dz_wanted_ ? rows * stride : 0);
+    } else {
+      product = dz_ + begin * dz_stride_;
     }
-    activation_rows(begin, rows);
-    if (dz_wanted_) column_sums(dz, rows, dz_stride_, m_, tile_sums_ + tile * dz_stride_);
+    if (dz_wanted_) times_up_weight(begin, rows, product, stride);
+    activation_rows(begin, rows, product, stride);
+    if (dz_wanted_) column_sums(product, rows, stride, m_, tile_sums_ + tile * sum_stride_);
     if (p_.dx == nullptr) return;
     if (normed_) {
-      input_gradient_with_norm(begin, rows, dz);
+      input_gradient_with_norm(begin, rows);
     } else {
-      input_gradient(begin, rows, dz);
+      input_gradient(begin, rows);
     }
   }
 
-  // Rows of G as T: grad_out where it lies, if that is the same.
-  Tile<T> gradient_rows(int64_t begin, int64_t rows, Scratch& scratch) const {
-    const int64_t token = chunk_ + begin;
-    if (p_.dtype == dtype_of<T>() && !p_.dropout.active()) {
-      return {static_cast<const T*>(p_.grad_out) + token * p_.grad_out_row_stride, p_.grad_out_row_stride};
+  void times_up_weight(int64_t begin, int64_t rows, T* product, int64_t stride) const {
+    Scratch scratch;
+    const Tile<E> g = gradient_rows(begin, rows, scratch);
+    if constexpr (!kIsPair<E>) {
+      if (few_) {
+        for_column_slices(m_, d_, [&](int64_t from, int64_t to) {
+          combine_rows(rows, to - from, d_, g.data, g.row_stride, p_.param_dtype,
+                       element(p_.param_dtype, p_.up_weight, from), m_, product + from, stride,
+                       Mode::overwrite);
+        });
+        return;
+      }
     }
-    const int64_t stride = buffer_stride<T>(d_);
-    T* buffer = scratch.take<T>(rows * stride);
-    for (int64_t i = 0; i < rows; ++i) gradient_row(token + i, 0, d_, buffer + i * stride);
+    gemm(rows, m_, units<E>(d_), g.data, g.row_stride, 1, up_.panels(), product, stride, Mode::overwrite);
+  }
+
+  // Rows of G as E: grad_out where it lies, if that is the same.
+  Tile<E> gradient_rows(int64_t begin, int64_t rows, Scratch& scratch) const {
+    const int64_t token = chunk_ + begin, grad_stride = p_.grad_out_row_stride;
+    if (!p_.dropout.active()) {
+      const Tile<E> g = operand_in_place<E>(p_.dtype, p_.grad_out, token * grad_stride, grad_stride, d_);
+      if (g.data != nullptr) return g;
+    }
+    const int64_t stride = buffer_stride<E>(units<E>(d_));
+    E* buffer = scratch.take<E>(rows * stride);
+    T* row = scratch.take<T>(d_);
+    for (int64_t i = 0; i < rows; ++i) {
+      if constexpr (!kIsPair<E>) row = buffer + i * stride;
+      gradient_row(token + i, 0, d_, row);
+      store_operand(row, d_, buffer + i * stride);
+    }
     return {buffer, stride};
   }
 
@@ -131,36 +153,39 @@ class Backward {
     if (p_.dropout.active()) dropout_row(p_.dropout, token, j, n, row);
   }
 
-  // H = act(Z) and dZ = scale (G Wu) * act'(Z); the product is in dZ already.
-  void activation_rows(int64_t begin, int64_t rows) const {
+  // H = act(Z) and dZ = scale (G Wu) * act'(Z), given the product.
+  void activation_rows(int64_t begin, int64_t rows, T* product, int64_t stride) const {
     if (!up_wanted_ && !dz_wanted_) return;
     Scratch scratch;
     T* converted = scratch.take<T>(m_);
+    T* h_row = scratch.take<T>(sum_stride_);
     const Vec<T> scale = broadcast(static_cast<T>(p_.scale));
     visit_activation(p_.activation, [&](auto activation) {
-      for (int64_t i = begin; i < begin + rows; ++i) {
-        const T* z = view_row(p_.param_dtype, p_.hidden, (chunk_ + i) * m_, m_, converted);
-        T* dz = dz_ + i * dz_stride_;
-        T* h = h_ + i * h_stride_;
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* z = view_row(p_.param_dtype, p_.hidden, (chunk_ + begin + i) * m_, m_, converted);
+        T* dz = product + i * stride;
+        if constexpr (!kIsPair<E>) h_row = h_ + (begin + i) * h_stride_;
         for (int64_t k = 0; k < m_; k += kLanes<T>) {
           Vec<T> value, slope;
           activate<activation()>(load_columns(z, k, m_), value, slope);
-          if (up_wanted_) store(h + k, value);
+          if (up_wanted_) store(h_row + k, value);
           if (dz_wanted_) store_columns(dz, k, m_, load_columns(dz, k, m_) * slope * scale);
         }
+        if (up_wanted_) store_operand(h_row, m_, h_ + (begin + i) * h_stride_);
+        if (dz_wanted_) store_operand(dz, m_, dz_ + (begin + i) * dz_stride_);
       }
     });
   }
 
   // dx = dZ Wd (+ grad_out), a block of columns at a time.
-  void input_gradient(int64_t begin, int64_t rows, const T* dz) const {
+  void input_gradient(int64_t begin, int64_t rows) const {
     const auto blocks = [&](int64_t from, int64_t to) {
       Scratch scratch;
       T* block = scratch.take<T>(rows * kBlockColumns);
       T* converted = scratch.take<T>(kBlockColumns);
       for (int64_t j = from; j < to; j += kBlockColumns) {
         const int64_t columns = minimum(kBlockColumns, to - j);
-        times_down_weight(rows, j, columns, dz, block, kBlockColumns);
+        times_down_weight(begin, rows, j, columns, block, kBlockColumns);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t token = chunk_ + begin + i;
           store_input_gradient(token, j, columns, block + i * kBlockColumns, converted);
@@ -175,17 +200,17 @@ class Backward {
   }
 
   // With g = dN w: dx = rstd (g - mean(g) - n mean(g n)) (+ grad_out).
-  void input_gradient_with_norm(int64_t begin, int64_t rows, const T* dz) const {
+  void input_gradient_with_norm(int64_t begin, int64_t rows) const {
     Scratch scratch;
     const int64_t stride = buffer_stride<T>(d_);
     T* dn = scratch.take<T>(rows * stride);
     T* n = scratch.take<T>(padded<T>(d_));
     if (few_) {
       for_column_slices(d_, m_, [&](int64_t from, int64_t to) {
-        times_down_weight(rows, from, to - from, dz, dn + from, stride);
+        times_down_weight(begin, rows, from, to - from, dn + from, stride);
       });
     } else {
-      times_down_weight(rows, 0, d_, dz, dn, stride);
+      times_down_weight(begin, rows, 0, d_, dn, stride);
     }
     const T width = static_cast<T>(d_);
     for (int64_t i = 0; i < rows; ++i) {
@@ -209,14 +234,17 @@ class Backward {
   }
 
   // The columns from j on of dZ Wd.
-  void times_down_weight(int64_t rows, int64_t j, int64_t columns, const T* dz, T* result,
+  void times_down_weight(int64_t begin, int64_t rows, int64_t j, int64_t columns, T* result,
                          int64_t stride) const {
-    if (few_) {
-      combine_rows(rows, columns, m_, dz, dz_stride_, p_.param_dtype,
-                   element(p_.param_dtype, p_.down_weight, j), d_, result, stride, Mode::overwrite);
-    } else {
-      gemm(rows, columns, m_, dz, dz_stride_, 1, down_.panels(j), result, stride, Mode::overwrite);
+    const E* dz = dz_ + begin * dz_stride_;
+    if constexpr (!kIsPair<E>) {
+      if (few_) {
+        combine_rows(rows, columns, m_, dz, dz_stride_, p_.param_dtype,
+                     element(p_.param_dtype, p_.down_weight, j), d_, result, stride, Mode::overwrite);
+        return;
+      }
     }
+    gemm(rows, columns, units<E>(m_), dz, dz_stride_, 1, down_.panels(j), result, stride, Mode::overwrite);
   }
 
   // n = (x - mean) rstd, columns j0 .. j0 + count.
@@ -255,7 +283,7 @@ class Backward {
       const int64_t j = task / kinds * kBlockColumns, columns = minimum(kBlockColumns, d_ - j);
       Scratch scratch;
       if (up_wanted_ && task % kinds == 0) {
-        T* sums = dup_ != nullptr ? dup_ + j * h_stride_ : scratch.take<T>(columns * h_stride_);
+        T* sums = dup_ != nullptr ? dup_ + j * sum_stride_ : scratch.take<T>(columns * sum_stride_);
         add_up_slice(j, columns, sums);
         if (last_) store_up_slice(j, columns, sums);
       } else {
@@ -272,8 +300,9 @@ class Backward {
     constexpr int64_t kStride = buffer_stride<T>(kBlockColumns);
     Scratch scratch;
     T* g = scratch.take<T>(kKBlock * kStride);
-    T* panels = h_stride_ > kPanelColumns<T> ? scratch.take<T>(panel_size<T>(kKBlock, m_)) : nullptr;
     T* sums = scratch.take<T>(kStride);
+    E* g_panels = scratch.take<E>(kIsPair<E> ? panel_size<E>(units<E>(kKBlock), kBlockColumns) : 0);
+    E* h_panels = scratch.take<E>(panel_size<E>(units<E>(kKBlock), m_));
     if (first_) {
       for (int64_t i = 0; i < columns; ++i) dup_bias_[j + i] = T{0};
     }
@@ -282,11 +311,28 @@ class Backward {
       for (int64_t i = 0; i < depth; ++i) gradient_row(chunk_ + t + i, j, columns, g + i * kStride);
       column_sums(g, depth, kStride, columns, sums);
       for (int64_t i = 0; i < columns; ++i) dup_bias_[j + i] += sums[i];
-      // rows of one panel's width are a panel as they lie
-      const T* h = h_ + t * h_stride_;
-      if (panels != nullptr) pack_panels(dtype_of<T>(), h, h_stride_, 1, depth, m_, panels);
-      gemm(columns, m_, depth, g, 1, kStride, panels != nullptr ? panels : h, dup_sums, h_stride_,
-           first_ && t == 0 ? Mode::overwrite : Mode::accumulate);
+      const Mode mode = first_ && t == 0 ? Mode::overwrite : Mode::accumulate;
+      const E* h = h_ + t * h_stride_;
+      if constexpr (kIsPair<E>) {
+        pack_pair_panels(DType::f32, g, kStride, 1, depth, columns, g_panels);
+        pack_pair_panels(DType::bf16, h, 2 * h_stride_, 1, depth, m_, h_panels);
+        gemm_transposed(columns, m_, depth, g_panels, h_panels, dup_sums, sum_stride_, mode);
+      } else {
+        // rows of one panel's width are a panel as they lie
+        if (m_ > kPanelColumns<T>) pack_panels(dtype_of<T>(), h, h_stride_, 1, depth, m_, h_panels);
+        gemm(columns, m_, depth, g, 1, kStride, m_ > kPanelColumns<T> ? h_panels : h, dup_sums, sum_stride_,
+             mode);
+      }
+    }
+  }
+
+  // C (+)= A^T B, A and B (depth, rows) and (depth, columns) in panels of pairs.
+  static void gemm_transposed(int64_t rows, int64_t columns, int64_t depth, const BFloat16Pair* a,
+                              const BFloat16Pair* b, T* c, int64_t ldc, Mode mode) {
+    for (int64_t i = 0; i < rows; i += kPanelColumns<E>) {
+      const int64_t width = minimum(kPanelColumns<E>, rows - i);
+      gemm(width, columns, pairs(depth), a + i * pairs(depth), 1, padded<E>(width), b, c + i * ldc, ldc,
+           mode);
     }
   }
 
@@ -294,7 +340,7 @@ class Backward {
     const Vec<T> scale = broadcast(static_cast<T>(p_.scale));
     for (int64_t i = 0; p_.dup_weight != nullptr && i < columns; ++i) {
       const int64_t at = (j + i) * m_;
-      T* row = dup_sums + i * h_stride_;
+      T* row = dup_sums + i * sum_stride_;
       T* to = p_.param_dtype == dtype_of<T>() ? static_cast<T*>(p_.dup_weight) + at : row;
       for (int64_t k = 0; k < m_; k += kLanes<T>) store_columns(to, k, m_, load(row + k) * scale);
       if (to == row) store_row(p_.param_dtype, row, m_, p_.dup_weight, at);
@@ -308,20 +354,27 @@ class Backward {
   // Columns j .. of D = dZ^T n, or of dZ^T x where there is no LayerNorm.
   void add_down_slice(int64_t j, int64_t columns, T* sums) const {
     Scratch scratch;
-    T* panels = scratch.take<T>(panel_size<T>(kKBlock, kBlockColumns));
+    E* panels = scratch.take<E>(panel_size<E>(units<E>(kKBlock), kBlockColumns));
+    E* dz_panels = scratch.take<E>(kIsPair<E> ? panel_size<E>(units<E>(kKBlock), m_) : 0);
     T* normalised = scratch.take<T>(normed_ ? kKBlock * kBlockColumns : 0);
     for (int64_t t = 0; t < chunk_size_ || (first_ && t == 0); t += kKBlock) {
       const int64_t depth = minimum(kKBlock, chunk_size_ - t), token = chunk_ + t;
       if (normed_) {
         for (int64_t i = 0; i < depth; ++i)
           normalised_row(token + i, j, columns, normalised + i * kBlockColumns);
-        pack_panels(dtype_of<T>(), normalised, kBlockColumns, 1, depth, columns, panels);
+        pack_operand(dtype_of<T>(), normalised, kBlockColumns, 1, depth, columns, panels);
       } else {
-        pack_panels(p_.dtype, element(p_.dtype, p_.x, token * p_.x_row_stride + j), p_.x_row_stride, 1, depth,
-                    columns, panels);
+        pack_operand(p_.dtype, element(p_.dtype, p_.x, token * p_.x_row_stride + j), p_.x_row_stride, 1,
+                     depth, columns, panels);
       }
-      gemm(m_, columns, depth, dz_ + t * dz_stride_, 1, dz_stride_, panels, sums, kBlockColumns,
-           first_ && t == 0 ? Mode::overwrite : Mode::accumulate);
+      const Mode mode = first_ && t == 0 ? Mode::overwrite : Mode::accumulate;
+      const E* dz = dz_ + t * dz_stride_;
+      if constexpr (kIsPair<E>) {
+        pack_pair_panels(DType::bf16, dz, 2 * dz_stride_, 1, depth, m_, dz_panels);
+        gemm_transposed(m_, columns, depth, dz_panels, panels, sums, kBlockColumns, mode);
+      } else {
+        gemm(m_, columns, depth, dz, 1, dz_stride_, panels, sums, kBlockColumns, mode);
+      }
     }
   }
 
@@ -329,7 +382,7 @@ class Backward {
     Scratch scratch;
     T* row = scratch.take<T>(kBlockColumns);
     if (p_.dnorm_bias != nullptr) {
-      combine_rows(1, columns, m_, ddown_bias_, dz_stride_, p_.param_dtype,
+      combine_rows(1, columns, m_, ddown_bias_, sum_stride_, p_.param_dtype,
                    element(p_.param_dtype, p_.down_weight, j), d_, row, kBlockColumns, Mode::overwrite);
       store_row(p_.param_dtype, row, columns, p_.dnorm_bias, j);
     }
@@ -377,18 +430,19 @@ class Backward {
   const int64_t d_, m_;
   const bool few_, normed_;
   const bool up_wanted_, sums_wanted_, down_wanted_, dz_wanted_;
-  const int64_t dz_stride_, h_stride_;
+  const int64_t dz_stride_, h_stride_;  // of E
+  const int64_t sum_stride_;            // of T: rows of bottleneck sums
   Scratch scratch_;
   const T* norm_weight_;
   const T* norm_bias_;
-  const PackedWeight<T> up_, down_;
+  const PackedWeight<E> up_, down_;
 
   // one chunk
   int64_t chunk_ = 0, chunk_size_ = 0;  // its first token, its tokens
   bool first_ = true, last_ = true;
   TokenTiles tiles_{};
-  T* dz_ = nullptr;         // (chunk, bottleneck)
-  T* h_ = nullptr;          // (chunk, bottleneck)
+  E* dz_ = nullptr;         // (chunk, bottleneck)
+  E* h_ = nullptr;          // (chunk, bottleneck)
   T* tile_sums_ = nullptr;  // (tiles, bottleneck): sums of dZ over a tile
 
   // all of them
@@ -400,12 +454,6 @@ class Backward {
 
 }  // namespace
 
-void adapter_backward(const AdapterBackward& p) {
-  if (p.dtype == DType::f64) {
-    Backward<double>(p).run();
-  } else {
-    Backward<float>(p).run();
-  }
-}
+void adapter_backward(const AdapterBackward& p) { run_by_dtype<Backward>(p); }
 
 }  // namespace lwft::LWFT_ISA

@@ -6,8 +6,10 @@
 namespace lwft::LWFT_ISA {
 namespace {
 
-template <class T>
+template <class E>
 class Forward {
+  using T = SumOf<E>;
+
  public:
   explicit Forward(const AdapterForward& p)
       : p_(p),
@@ -20,31 +22,42 @@ class Forward {
         up_bias_(parameter_row(p.param_dtype, p.up_bias, d_, T{0}, scratch_)) {}
 
   void run() {
-    if (p_.tokens <= kFewTokens) {
-      run_few();
-    } else {
-      run_tiles();
+    if constexpr (!kIsPair<E>) {
+      if (p_.tokens <= kFewTokens) return run_few();
     }
+    run_tiles();
   }
 
  private:
   // Z = N Wd^T + bd, N = LayerNorm(X);  out = residual + dropout(scale * (act(Z) Wu^T + bu)), tile by tile.
   void run_tiles() {
-    const PackedWeight<T> down(p_.param_dtype, p_.down_weight, 1, d_, d_, m_, scratch_);
-    const PackedWeight<T> up(p_.param_dtype, p_.up_weight, 1, m_, m_, d_, scratch_);
+    const PackedWeight<E> down(p_.param_dtype, p_.down_weight, 1, d_, d_, m_, scratch_);
+    const PackedWeight<E> up(p_.param_dtype, p_.up_weight, 1, m_, m_, d_, scratch_);
     pack(down, up);
     const TokenTiles tiles = token_tiles<T>(p_.tokens, d_);
     parallel_for(tiles.count, [&](int64_t tile) {
-      const int64_t begin = tiles.begin(tile), rows = tiles.size(tile), stride = padded<T>(m_);
+      const int64_t begin = tiles.begin(tile), rows = tiles.size(tile);
+      const int64_t z_stride = padded<T>(m_),
+                    h_stride = kIsPair<E> ? buffer_stride<E>(units<E>(m_)) : z_stride;
       Scratch scratch;
-      const Tile<T> input = input_rows(begin, rows, scratch);
-      T* z = scratch.take<T>(rows * stride);
-      gemm(rows, m_, d_, input.data, input.row_stride, 1, down.panels(), z, stride, Mode::overwrite);
-      for (int64_t i = 0; i < rows; ++i) bottleneck_row(begin + i, z + i * stride);
+      const Tile<E> input = input_rows(begin, rows, scratch);
+      T* z = scratch.take<T>(rows * z_stride);
+      E* h = nullptr;
+      if constexpr (kIsPair<E>) {
+        h = scratch.take<E>(rows * h_stride);
+      } else {
+        h = z;
+      }
+      gemm(rows, m_, units<E>(d_), input.data, input.row_stride, 1, down.panels(), z, z_stride,
+           Mode::overwrite);
+      for (int64_t i = 0; i < rows; ++i) {
+        bottleneck_row(begin + i, z + i * z_stride);
+        store_operand(z + i * z_stride, m_, h + i * h_stride);
+      }
       T* y = scratch.take<T>(rows * kBlockColumns);
       for (int64_t j = 0; j < d_; j += kBlockColumns) {
         const int64_t columns = minimum(kBlockColumns, d_ - j);
-        gemm(rows, columns, m_, z, stride, 1, up.panels(j), y, kBlockColumns, Mode::overwrite);
+        gemm(rows, columns, units<E>(m_), h, h_stride, 1, up.panels(j), y, kBlockColumns, Mode::overwrite);
         for (int64_t i = 0; i < rows; ++i) branch_row(begin + i, j, columns, y + i * kBlockColumns);
       }
     });
@@ -71,17 +84,20 @@ class Forward {
     });
   }
 
-  // LayerNorm(x), or x itself, as T: in place where that is possible.
-  Tile<T> input_rows(int64_t begin, int64_t rows, Scratch& scratch) const {
-    if (norm_weight_ == nullptr && p_.dtype == dtype_of<T>()) {
-      return {static_cast<const T*>(p_.x) + begin * p_.x_row_stride, p_.x_row_stride};
+  // LayerNorm(x), or x itself, as E: in place where that is possible.
+  Tile<E> input_rows(int64_t begin, int64_t rows, Scratch& scratch) const {
+    if (norm_weight_ == nullptr) {
+      const Tile<E> x = operand_in_place<E>(p_.dtype, p_.x, begin * p_.x_row_stride, p_.x_row_stride, d_);
+      if (x.data != nullptr) return x;
     }
-    const int64_t stride = buffer_stride<T>(d_);
-    T* buffer = scratch.take<T>(rows * stride);
+    const int64_t stride = buffer_stride<E>(units<E>(d_));
+    E* buffer = scratch.take<E>(rows * stride);
+    T* row = scratch.take<T>(padded<T>(d_));
     for (int64_t i = 0; i < rows; ++i) {
-      T* row = buffer + i * stride;
+      if constexpr (!kIsPair<E>) row = buffer + i * stride;
       const T* x = view_row(p_.dtype, p_.x, (begin + i) * p_.x_row_stride, d_, row);
       if (norm_weight_ != nullptr) norm_row(begin + i, x, row);
+      store_operand(norm_weight_ != nullptr ? row : x, d_, buffer + i * stride);
     }
     return {buffer, stride};
   }
@@ -139,13 +155,7 @@ class Forward {
   const T* up_bias_;
 };
 
-void forward(const AdapterForward& p) {
-  if (p.dtype == DType::f64) {
-    Forward<double>(p).run();
-  } else {
-    Forward<float>(p).run();
-  }
-}
+void forward(const AdapterForward& p) { run_by_dtype<Forward>(p); }
 
 }  // namespace
 

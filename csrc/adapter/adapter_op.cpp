@@ -2,6 +2,9 @@
 #include "adapter/adapter.h"
 #include "common/cpu/dispatch.h"
 #include "common/op.h"
+#ifdef LWFT_WITH_CUDA
+#include "common/cuda_stream.h"
+#endif
 
 namespace lwft {
 namespace {
@@ -46,6 +49,30 @@ ForwardResult fill_forward(AdapterForward& p, const Tensor& x, const Tensor& dow
   return result;
 }
 
+// Sets the dropout from `seed`, which lies on the device of x, and runs the kernel.
+using RunForward = void (*)(AdapterForward& p, const Tensor& x, const MaybeTensor& seed, double dropout_p);
+
+void run_on_cpu(AdapterForward& p, const Tensor&, const MaybeTensor& seed, double dropout_p) {
+  p.dropout = dropout_of(seed, dropout_p);
+  cpu_kernels().adapter->forward(p);
+}
+
+#ifdef LWFT_WITH_CUDA
+void run_on_cuda(AdapterForward& p, const Tensor& x, const MaybeTensor& seed, double dropout_p) {
+  if (seed) {
+    p.dropout = make_dropout(0, 0, dropout_p);
+    p.device_seed = static_cast<const int64_t*>(seed->const_data_ptr());
+  }
+  const char* reason = adapter_cuda_declines(p);
+  STD_TORCH_CHECK(reason == nullptr,
+                  "lwft_kernels.adapter: the CUDA kernel cannot serve this call: ", reason);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int error = adapter_forward_cuda(p, current_cuda_stream(x));
+  STD_TORCH_CHECK(error == 0, "lwft_kernels.adapter: CUDA error ", error);
+}
+#endif
+
+template <RunForward run>
 std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_forward(
     const Tensor& x_in, const Tensor& down_weight_in, const MaybeTensor& down_bias_in,
     const Tensor& up_weight_in, const MaybeTensor& up_bias_in, const MaybeTensor& norm_weight_in,
@@ -59,8 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_forward(
   AdapterForward p{};
   ForwardResult result = fill_forward(p, x, down_weight, down_bias, up_weight, up_bias, norm_weight,
                                       norm_bias, residual, activation, eps, scale, residual_is_x);
-  p.dropout = dropout_of(seed, dropout_p);
-  cpu_kernels().adapter->forward(p);
+  run(p, x, seed, dropout_p);
   return {result.out, result.hidden, result.mean, result.rstd};
 }
 
@@ -132,6 +158,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lwft, CPU, m) {
-  m.impl("adapter_forward", TORCH_BOX(&lwft::adapter_forward));
+  m.impl("adapter_forward", TORCH_BOX(&lwft::adapter_forward<lwft::run_on_cpu>));
   m.impl("adapter_backward", TORCH_BOX(&lwft::adapter_backward));
 }
+
+#ifdef LWFT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(lwft, CUDA, m) {
+  m.impl("adapter_forward", TORCH_BOX(&lwft::adapter_forward<lwft::run_on_cuda>));
+}
+#endif

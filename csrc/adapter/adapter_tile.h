@@ -84,51 +84,105 @@ const T* parameter_row(DType dtype, const void* data, int64_t n, T absent, Scrat
   return row;
 }
 
+// ---- operands of the products ----
+//
+// Kernels are templates over E, what the products multiply: float or double, or pairs of bfloat16 where the machine has
+// an instruction for them and x and the parameters are bfloat16. Everything between the products is in T = SumOf<E>.
+
+template <class E>
+constexpr bool kIsPair = std::is_same_v<E, BFloat16Pair>;
+
+// How many E make n neighbours along k, and how many neighbours one E is.
+template <class E>
+constexpr int64_t units(int64_t n) {
+  return kIsPair<E> ? pairs(n) : n;
+}
+template <class E>
+constexpr int64_t kUnit = kIsPair<E> ? 2 : 1;
+
+// A row of n numbers, rounded to E if need be; an odd last pair is filled with zero.
+template <class E>
+inline void store_operand(const SumOf<E>* row, int64_t n, E* to) {
+  if constexpr (kIsPair<E>) {
+    to[pairs(n) - 1].second = 0;
+    store_row(DType::bf16, row, n, to, 0);
+  } else if (row != to) {
+    store_row(dtype_of<E>(), row, n, to, 0);
+  }
+}
+
+template <class E>
+inline void pack_operand(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k,
+                         int64_t n, E* panels) {
+  if constexpr (kIsPair<E>) {
+    pack_pair_panels(dtype, source, row_stride, col_stride, k, n, panels);
+  } else {
+    pack_panels(dtype, source, row_stride, col_stride, k, n, panels);
+  }
+}
+
+// Rows of a tensor as a left-hand side, where they lie: if not, data is null.
+template <class E>
+inline Tile<E> operand_in_place(DType dtype, const void* base, int64_t offset, int64_t row_stride,
+                                int64_t n) {
+  if constexpr (kIsPair<E>) {
+    if (dtype == DType::bf16 && n % 2 == 0 && row_stride % 2 == 0) {
+      return {static_cast<const E*>(element(dtype, base, offset)), row_stride / 2};
+    }
+  } else if (dtype == dtype_of<E>()) {
+    return {static_cast<const E*>(base) + offset, row_stride};
+  }
+  return {nullptr, 0};
+}
+
 // A weight packed as the right-hand side of gemm, in tasks of equal size.
-template <class T>
+template <class E>
 class PackedWeight {
  public:
   // The (k, n) matrix whose element (i, j) is data[i * row_stride + j * col_stride].
   PackedWeight(DType dtype, const void* data, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
                Scratch& scratch)
       : dtype_(dtype), data_(data), row_stride_(row_stride), col_stride_(col_stride), k_(k), n_(n) {
-    // One panel of whole vectors is a row-major matrix: a weight that is one already needs no copy.
-    if (dtype == dtype_of<T>() && col_stride == 1 && row_stride == n && n == padded<T>(n) &&
-        n <= kPanelColumns<T>) {
-      panels_ = static_cast<const T*>(data);
-    } else {
-      panels_ = copy_ = scratch.take<T>(panel_size<T>(k, n));
+    if constexpr (!kIsPair<E>) {
+      // One panel of whole vectors is a row-major matrix: a weight that is one already needs no copy.
+      if (dtype == dtype_of<E>() && col_stride == 1 && row_stride == n && n == padded<E>(n) &&
+          n <= kPanelColumns<E>) {
+        panels_ = static_cast<const E*>(data);
+        return;
+      }
     }
+    panels_ = copy_ = scratch.take<E>(panel_size<E>(units<E>(k), n));
   }
 
   int64_t tasks() const {
-    return copy_ == nullptr ? 0 : ceil_div(n_, kPanelColumns<T>) * ceil_div(k_, kDepth);
+    return copy_ == nullptr ? 0 : ceil_div(n_, kPanelColumns<E>) * ceil_div(k_, kDepth);
   }
 
   void pack(int64_t task) const {
     const int64_t depths = ceil_div(k_, kDepth);
-    const int64_t j = task / depths * kPanelColumns<T>, l = task % depths * kDepth;
-    const int64_t columns = minimum(kPanelColumns<T>, n_ - j);
-    pack_panels(dtype_, element(dtype_, data_, l * row_stride_ + j * col_stride_), row_stride_, col_stride_,
-                minimum(kDepth, k_ - l), columns, copy_ + j * k_ + l * padded<T>(columns));
+    const int64_t j = task / depths * kPanelColumns<E>, l = task % depths * kDepth;
+    const int64_t columns = minimum(kPanelColumns<E>, n_ - j);
+    pack_operand(dtype_, element(dtype_, data_, l * row_stride_ + j * col_stride_), row_stride_, col_stride_,
+                 minimum(kDepth, k_ - l), columns,
+                 copy_ + j * units<E>(k_) + l / kUnit<E> * padded<E>(columns));
   }
 
-  // The panels of the columns from j on; j is a multiple of kPanelColumns<T>.
-  const T* panels(int64_t j = 0) const { return panels_ + j * k_; }
+  // The panels of the columns from j on; j is a multiple of kPanelColumns<E>.
+  const E* panels(int64_t j = 0) const { return panels_ + j * units<E>(k_); }
 
  private:
-  static constexpr int64_t kDepth = 4096 / kPanelColumns<T>;
+  static constexpr int64_t kDepth = 4096 / kPanelColumns<E>;
 
   DType dtype_;
   const void* data_;
   int64_t row_stride_, col_stride_, k_, n_;
-  const T* panels_;
-  T* copy_ = nullptr;
+  const E* panels_;
+  E* copy_ = nullptr;
 };
 
 // Packs two weights in one go.
-template <class T>
-void pack(const PackedWeight<T>& first, const PackedWeight<T>& second) {
+template <class E>
+void pack(const PackedWeight<E>& first, const PackedWeight<E>& second) {
   parallel_for(first.tasks() + second.tasks(), [&](int64_t task) {
     if (task < first.tasks()) {
       first.pack(task);
@@ -136,6 +190,17 @@ void pack(const PackedWeight<T>& first, const PackedWeight<T>& second) {
       second.pack(task - first.tasks());
     }
   });
+}
+
+// Runs Kernel<E>(p).run() with the E for p's dtypes.
+template <template <class> class Kernel, class Parameters>
+void run_by_dtype(const Parameters& p) {
+  if (p.dtype == DType::f64) return Kernel<double>(p).run();
+  if constexpr (kMultipliesBFloat16) {
+    const bool all_bfloat16 = p.dtype == DType::bf16 && p.param_dtype == DType::bf16;
+    if (all_bfloat16 && p.tokens > kFewTokens) return Kernel<BFloat16Pair>(p).run();
+  }
+  Kernel<float>(p).run();
 }
 
 // body(begin, end) for slices of [0, columns) that together with `depth` make about kSliceElements, whole blocks each.

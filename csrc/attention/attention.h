@@ -1,14 +1,14 @@
-// out = dropout(softmax(softcap(scale * q k^T) + bias, masked)) v over prefix and keys, in tiles with a running maximum
-// (online softmax: Milakov & Gimelshein 2018; tiling and backward: FlashAttention-2, Dao 2023, algorithms 1 and 2).
-// No (S, L) matrix is ever stored. Nothing here knows torch.
+// out = dropout(softmax(softcap(scale * q k^T) + bias, masked)) v over prefix and keys, in tiles with a
+// running maximum (online softmax: Milakov & Gimelshein 2018; tiling and backward: FlashAttention-2, Dao
+// 2023, algorithms 1 and 2). No (S, L) matrix is ever stored. Nothing here knows torch.
 #pragma once
 #include "common/dropout.h"
 #include "common/dtype.h"
 
 namespace lwft {
 
-// A 4-D tensor by pointer and element strides, in the order of its shape comment. Stride 0 = broadcast; the last stride
-// is 1 (of bias and mask 1 or 0).
+// A 4-D tensor by pointer and element strides, in the order of its shape comment. Stride 0 = broadcast; the
+// last stride is 1 (of bias and mask 1 or 0).
 struct Strided {
   const void* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};
@@ -28,8 +28,10 @@ struct AttentionRule {
   double scale;
   double softcap;  // 0 = none: s -> softcap * tanh(s / softcap)
   bool causal;     // aligned to the last key: query i sees keys j <= i + keys - queries
-  int64_t window;  // 0 = none: key j is seen iff i' - window < j, i' = i + keys - queries; if not causal also j < i' + window
-  Strided bias;    // (B, H, S, L) of bias_dtype or null; added after softcap
+  // 0 = none; else, with i' = i + keys - queries, key j is seen iff i' - window < j and, where not causal,
+  // j < i' + window
+  int64_t window;
+  Strided bias;  // (B, H, S, L) of bias_dtype or null; added after softcap
   DType bias_dtype;
   Strided mask;            // (B, H, S, L) bool, nonzero = may attend, or null
   const int64_t* lengths;  // (B) number of valid keys, or null; prefix keys are always valid
@@ -43,7 +45,8 @@ struct AttentionForward {
   Strided k, v;                // (B, Hkv, L, D)
   Strided prefix_k, prefix_v;  // (B, Hkv, P, D), batch stride 0 when shared; null when P == 0
   StridedOut out;              // (B, H, S, D)
-  void* lse;                   // (B, H, S) contiguous, accumulate dtype; natural logarithm; -inf where nothing may be seen
+  // (B, H, S) contiguous, accumulate dtype; natural logarithm; -inf where nothing may be seen
+  void* lse;
 };
 
 struct AttentionBackward {
@@ -53,11 +56,11 @@ struct AttentionBackward {
   const void* grad_lse;  // (B, H, S) contiguous, accumulate dtype, or null
   Strided q, k, v, prefix_k, prefix_v, out;
   const void* lse;
-  StridedOut dq;                        // null when not wanted, as all below
-  StridedOut dk, dv;                    // (B, Hkv, L, D)
-  void* dbias;                          // contiguous (bias_size[0..3]) of bias_dtype: summed over broadcast dimensions
-  int64_t bias_size[4];                 // each the full size or 1
-  void* dprefix_k;                      // contiguous (prefix_batch, Hkv, P, D): summed over the batch when shared
+  StridedOut dq;         // null when not wanted, as all below
+  StridedOut dk, dv;     // (B, Hkv, L, D)
+  void* dbias;           // contiguous (bias_size[0..3]) of bias_dtype: summed over broadcast dimensions
+  int64_t bias_size[4];  // each the full size or 1
+  void* dprefix_k;       // contiguous (prefix_batch, Hkv, P, D): summed over the batch when shared
   void* dprefix_v;
   int64_t prefix_batch;  // B or 1
 };

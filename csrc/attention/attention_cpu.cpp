@@ -1,21 +1,22 @@
 // Attention forward on the CPU.
 //
-// A task owns some rows of a HeadGroup (attention_scores.h) and walks once over the keys they see, a block at a time: it
-// packs the block's keys and values into panels, then for each tile of rows
+// A task owns some rows of a HeadGroup (attention_scores.h) and walks once over the keys they see, a block at
+// a time: it packs the block's keys and values into panels, then for each tile of rows
 //     scores = Q K^T,   running softmax of each row,   out = factor * out + P V,
-// with the tile in the cache all the while. Prefix first, then keys; blocks that no row sees are not even packed.
-// Few rows (decoding) go another way: see forward_few.
+// with the tile in the cache all the while. Prefix first, then keys; blocks that no row sees are not even
+// packed. Few rows (decoding) go another way: see forward_few.
 //
-// Memory of a task: q and out of its rows (at most kTaskElements each), two panels of at most kPanelBytes and a tile of
-// scores: under 1 MiB for any length. Tasks depend on the shape alone, so results do not depend on the threads.
+// Memory of a task: q and out of its rows (at most kTaskElements each), two panels of at most kPanelBytes and
+// a tile of scores: under 1 MiB for any length. Tasks depend on the shape alone, so results do not depend on
+// the threads.
 #include "attention/attention_scores.h"
 #include "common/cpu/threads.h"
 
 namespace lwft::LWFT_ISA {
 namespace {
 
-// The tile of scores. Its rows: a multiple of kTileRows. Its keys: the more, the less often `out` is read and written;
-// but it has to stay in the nearer caches, as have the panels.
+// The tile of scores. Its rows: a multiple of kTileRows. Its keys: the more, the less often `out` is read and
+// written; but it has to stay in the nearer caches, as have the panels.
 constexpr int64_t kScoreRows = 48, kBlockKeys = 256;
 constexpr int64_t kPanelBytes = 128 << 10;
 // Rows of a task: the more, the less packing weighs; but q and out have to stay in the second cache.
@@ -53,8 +54,8 @@ void store_result(const AttentionForward& p, const HeadGroup& group, int64_t row
   static_cast<T*>(p.lse)[group.index(row)] = softmax.log_sum_exp();
 }
 
-// One row of a tile: finished scores of the keys `seen`, exponentiated and dropped out; 0 for the other keys from
-// `first` on, `width` in all. Returns the factor of what the row has summed so far.
+// One row of a tile: finished scores of the keys `seen`, exponentiated and dropped out; 0 for the other keys
+// from `first` on, `width` in all. Returns the factor of what the row has summed so far.
 template <class T>
 T softmax_row(const HeadGroup& group, int64_t row, const Segment& segment, Range seen, int64_t first, int64_t width,
               RunningSoftmax<T>& softmax, T* x) {
@@ -85,8 +86,8 @@ struct ForwardBuffers {
   T* scores;                   // (kScoreRows, kScoreStride)
 };
 
-// A row of scores may be overwritten past its end by a vector; and not a power of two, or all rows would meet in the
-// same sets of the cache.
+// A row of scores may be overwritten past its end by a vector; and not a power of two, or all rows would meet
+// in the same sets of the cache.
 template <class T>
 constexpr int64_t kScoreStride = kBlockKeys + 2 * kLanes<T>;
 
@@ -164,8 +165,8 @@ template <class T>
 void forward_many(const AttentionForward& p) {
   const Pieces rows = task_rows(p.shape);
   parallel_for(HeadGroup::count(p.shape) * rows.count, [&](int64_t task) {
-    // Later rows of a causal head see more keys. Taken alternately from both ends, any stretch of tasks that a thread is
-    // handed costs about the same.
+    // Later rows of a causal head see more keys. Taken alternately from both ends, any stretch of tasks that
+    // a thread is handed costs about the same.
     const int64_t i = task % rows.count;
     forward_rows<T>(p, HeadGroup(p.shape, p.rule, task / rows.count),
                     rows[i % 2 == 0 ? i / 2 : rows.count - 1 - i / 2]);
@@ -174,9 +175,9 @@ void forward_many(const AttentionForward& p) {
 
 // ---- few rows: decoding ----
 //
-// One token against a long cache only reads the keys and values, once, so nothing is packed; and the keys are split, or
-// there would be too few tasks (Flash-Decoding, Dao et al. 2023). Each task leaves, for each of the R rows, its own
-// softmax state and its own sum over values; they are merged in the order of the keys.
+// One token against a long cache only reads the keys and values, once, so nothing is packed; and the keys are
+// split, or there would be too few tasks (Flash-Decoding, Dao et al. 2023). Each task leaves, for each of the
+// R rows, its own softmax state and its own sum over values; they are merged in the order of the keys.
 
 template <class T>
 struct Partial {

@@ -10,9 +10,7 @@ namespace {
 Tensor unit_stride(const Tensor& tensor) {
   return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
-MaybeTensor unit_stride(const MaybeTensor& tensor) {
-  return tensor ? MaybeTensor(unit_stride(*tensor)) : std::nullopt;
-}
+MaybeTensor unit_stride(const MaybeTensor& tensor) { return tensor ? MaybeTensor(unit_stride(*tensor)) : std::nullopt; }
 
 // (B, H, S, L) or broadcast to it: the last stride may be 0 too.
 MaybeTensor unit_or_no_stride(const MaybeTensor& tensor) {
@@ -171,13 +169,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
   m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? prefix_k, Tensor? prefix_v, "
-      "Tensor? lengths, Tensor? seed, float scale, bool causal, int window, float softcap, float dropout_p) "
-      "-> (Tensor out, Tensor lse)");
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? prefix_k, "
+      "Tensor? prefix_v, Tensor? lengths, Tensor? seed, float scale, bool causal, int window, float softcap, "
+      "float dropout_p) -> (Tensor out, Tensor lse)");
   m.def(
-      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, "
-      "Tensor? prefix_k, Tensor? prefix_v, Tensor? lengths, Tensor out, Tensor lse, Tensor? seed, float scale, "
-      "bool causal, int window, float softcap, float dropout_p, int needs) "
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, "
+      "Tensor? mask, Tensor? prefix_k, Tensor? prefix_v, Tensor? lengths, Tensor out, Tensor lse, "
+      "Tensor? seed, float scale, bool causal, int window, float softcap, float dropout_p, int needs) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dprefix_k, Tensor dprefix_v)");
 }
 

@@ -1,5 +1,5 @@
-// What the forward and the backward CPU kernel share: which keys a row sees, and how q.k becomes the score the softmax
-// sees. Included by attention_*cpu.cpp only: compiled once per level.
+// What the forward and the backward CPU kernel share: which keys a row sees, and how q.k becomes the score
+// the softmax sees. Included by attention_*cpu.cpp only: compiled once per level.
 #pragma once
 #include "attention/attention.h"
 #include "common/cpu/convert.h"
@@ -12,8 +12,7 @@ namespace lwft::LWFT_ISA {
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
-// Up to so many rows per key head, the forward kernel does not pack the keys: its scores are then summed in another order
-// than the products of the backward kernel.
+// Up to so many rows per key head, keys are read as they lie: packing them would cost more than it saves.
 constexpr int64_t kFewRows = 8;
 
 // begin .. end - 1
@@ -26,7 +25,8 @@ struct Range {
 
 inline Range intersect(Range a, Range b) { return {maximum(a.begin, b.begin), minimum(a.end, b.end)}; }
 
-// `total` cut into pieces of about equal size: at most `limit` each, a multiple of `multiple` but for the last.
+// `total` cut into pieces of about equal size: at most `limit` each, a multiple of `multiple` but for the
+// last.
 struct Pieces {
   int64_t total, size, count;
 
@@ -42,18 +42,19 @@ inline const void* element(const void* base, DType dtype, int64_t offset) {
   return static_cast<const char*>(base) + offset * static_cast<int64_t>(element_size(dtype));
 }
 
-// The G = H / Hkv query heads that share one key head of one sequence. They are worked on together, so that keys are
-// read and packed once: row r is query r / G of head kv_head * G + r % G, and neighbouring rows see about the same keys.
+// The G = H / Hkv query heads that share one key head of one sequence. They are worked on together, so that
+// keys are read and packed once: row r is query r / G of head kv_head * G + r % G, and neighbouring rows see
+// about the same keys.
 struct HeadGroup {
   const AttentionShape& shape;
   const AttentionRule& rule;
   int64_t batch, kv_head, group_size;
 
-  HeadGroup(const AttentionShape& shape_in, const AttentionRule& rule_in, int64_t index)
+  HeadGroup(const AttentionShape& shape_in, const AttentionRule& rule_in, int64_t number_in)
       : shape(shape_in),
         rule(rule_in),
-        batch(index / shape_in.kv_heads),
-        kv_head(index % shape_in.kv_heads),
+        batch(number_in / shape_in.kv_heads),
+        kv_head(number_in % shape_in.kv_heads),
         group_size(shape_in.heads / shape_in.kv_heads) {}
 
   static int64_t count(const AttentionShape& shape) { return shape.batch * shape.kv_heads; }
@@ -61,6 +62,7 @@ struct HeadGroup {
     return shape.kv_heads == 0 ? 0 : shape.heads / shape.kv_heads * shape.queries;
   }
 
+  int64_t number() const { return batch * shape.kv_heads + kv_head; }
   int64_t rows() const { return group_size * shape.queries; }
   int64_t query(int64_t row) const { return row / group_size; }
   int64_t head(int64_t row) const { return kv_head * group_size + row % group_size; }
@@ -103,9 +105,7 @@ struct Segment {
   const void* key(const HeadGroup& group, int64_t j) const { return at(group, k, j); }
   const void* value(const HeadGroup& group, int64_t j) const { return at(group, v, j); }
 
-  Range visible(const HeadGroup& group, int64_t row) const {
-    return prefix ? Range{0, count} : group.visible(row);
-  }
+  Range visible(const HeadGroup& group, int64_t row) const { return prefix ? Range{0, count} : group.visible(row); }
   // What any of these rows sees.
   Range visible(const HeadGroup& group, Range rows) const {
     return prefix ? Range{0, count} : Range{group.visible(rows.begin).begin, group.visible(rows.end - 1).end};
@@ -113,16 +113,15 @@ struct Segment {
 
  private:
   const void* at(const HeadGroup& group, const Strided& tensor, int64_t j) const {
-    const int64_t offset =
-        group.batch * tensor.stride[0] + group.kv_head * tensor.stride[1] + j * tensor.stride[2];
+    const int64_t offset = group.batch * tensor.stride[0] + group.kv_head * tensor.stride[1] + j * tensor.stride[2];
     return element(tensor.data, group.shape.dtype, offset);
   }
 };
 
 // ---- rows of scores ----
 //
-// A row of n scores lies in memory that may be overwritten up to one vector past its end, so that all work is on whole
-// vectors; finish_scores puts -inf there, which every later step leaves without effect.
+// A row of n scores lies in memory that may be overwritten up to one vector past its end, so that all work is
+// on whole vectors; finish_scores puts -inf there, which every later step leaves without effect.
 
 template <class T>
 inline void fill(T* x, int64_t begin, int64_t end, T value) {
@@ -228,8 +227,8 @@ template <class T>
 struct RunningSoftmax {
   T highest = -kInfinity<T>, total = 0;
 
-  // Finished scores become exp(score - highest), with the new highest; returns what all that was summed with the old one
-  // must be multiplied by.
+  // Finished scores become exp(score - highest), with the new highest; returns what all that was summed with
+  // the old one must be multiplied by.
   T add(int64_t n, T* x) {
     const T before = highest;
     highest = maximum(before, largest(n, x));

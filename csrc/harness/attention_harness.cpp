@@ -17,11 +17,10 @@ StridedOut strided_out(py::array& array) {
   for (int i = 0; i < 4; ++i) result.stride[i] = stride(array, i);
   return result;
 }
-py::array like(const py::array& array) {
-  return empty(dtype_of(array), {array.shape(), array.shape() + array.ndim()});
-}
+py::array like(const py::array& array) { return empty(dtype_of(array), {array.shape(), array.shape() + array.ndim()}); }
 
-// (B, H, S, D) q, (B, Hkv, L, D) k and v, (1 or B, Hkv, P, D) prefix, (broadcast to B, H, S, L) bias; unit last strides.
+// (B, H, S, D) q, (B, Hkv, L, D) k and v, (1 or B, Hkv, P, D) prefix, (broadcast to B, H, S, L) bias; unit
+// last strides.
 template <class Params>
 void fill_inputs(Params& p, const py::array& q, const py::array& k, const py::array& v, const py::array& bias,
                  const py::array& prefix_k, const py::array& prefix_v, double scale, bool causal, int64_t window,
@@ -42,8 +41,8 @@ void fill_inputs(Params& p, const py::array& q, const py::array& k, const py::ar
 }
 
 py::tuple forward(const std::string& level, const py::array& q, const py::array& k, const py::array& v,
-                  const py::array& bias, const py::array& prefix_k, const py::array& prefix_v, double scale, bool causal,
-                  int64_t window, double softcap, uint64_t seed, uint64_t offset, double dropout_p) {
+                  const py::array& bias, const py::array& prefix_k, const py::array& prefix_v, double scale,
+                  bool causal, int64_t window, double softcap, uint64_t seed, uint64_t offset, double dropout_p) {
   AttentionForward p{};
   fill_inputs(p, q, k, v, bias, prefix_k, prefix_v, scale, causal, window, softcap, seed, offset, dropout_p);
   py::array out = like(q);

@@ -12,6 +12,8 @@ namespace {
 
 const Probes& probes(const std::string& level) { return *find_probes(kernels(level).isa); }
 
+int64_t pairs(int64_t k) { return (k + 1) / 2; }
+
 DType arithmetic_type(const py::array& array) {
   const DType type = dtype_of(array);
   if (element_size(type) == 2) throw py::type_error("arithmetic is in float32 or float64");
@@ -92,6 +94,30 @@ py::array gemm(const std::string& level, const py::array& a, const py::array& b,
   return out;
 }
 
+py::array pack_pair_panels(const std::string& level, const py::array& b) {
+  const int64_t k = b.shape(0), n = b.shape(1);
+  py::array panels = empty(DType::bf16, {pairs(k) * probes(level).padded(DType::f32, n) * 2});
+  probes(level).pack_pair_panels(matrix(b), k, n, panels.mutable_data());
+  return panels;
+}
+
+// As gemm; a (m, k) either bfloat16 and row-major, or as columns of pairs, packed here (then m <= a panel's width).
+py::array gemm_bfloat16(const std::string& level, const py::array& a, const py::array& b, const py::object& c,
+                        int64_t margin, bool pack_a) {
+  if (!probes(level).multiplies_bfloat16) throw py::value_error(level + " does not multiply bfloat16");
+  const int64_t m = a.shape(0), k = a.shape(1), n = b.shape(1),
+                ldc = probes(level).padded(DType::f32, n) + margin;
+  if (!pack_a && m > 0 && k > 0 && ((k > 1 && stride(a, 1) != 1) || (m > 1 && stride(a, 0) % 2 != 0)))
+    throw py::value_error("a is no matrix of pairs");
+  const py::array panels = pack_pair_panels(level, b);
+  const py::array a_panel = pack_pair_panels(level, a.attr("T"));
+  py::array out = product_buffer(DType::f32, m, ldc, c);
+  probes(level).gemm_pairs(m, n, pairs(k), pack_a ? a_panel.data() : a.data(), pack_a ? 1 : stride(a, 0) / 2,
+                           pack_a ? probes(level).padded(DType::f32, m) : 1, panels.data(),
+                           static_cast<float*>(out.mutable_data()), ldc, !c.is_none());
+  return out;
+}
+
 // (m, n + margin); `product` is Probes::dot_rows or combine_rows, b as that wants it.
 py::array few_rows(decltype(Probes::dot_rows) product, int64_t n, const py::array& a, const py::array& b,
                    const py::object& c, int64_t margin) {
@@ -141,6 +167,10 @@ void bind_common(py::module_& m) {
   m.def("sum_and_max", sum_and_max, arg("level"), arg("x"));
   m.def("convert", convert, arg("level"), arg("x"), arg("to"));
   m.def("pack_panels", pack_panels, arg("level"), arg("b"), arg("arithmetic"));
+  m.def("multiplies_bfloat16", [](const std::string& level) { return probes(level).multiplies_bfloat16; });
+  m.def("pack_pair_panels", pack_pair_panels, arg("level"), arg("b"));
+  m.def("gemm_bfloat16", gemm_bfloat16, arg("level"), arg("a"), arg("b"), arg("c") = py::none(),
+        arg("margin") = 0, arg("pack_a") = false);
   m.def("gemm", gemm, arg("level"), arg("a"), arg("b"), arg("c") = py::none(), arg("margin") = 0);
   m.def(
       "dot_rows",

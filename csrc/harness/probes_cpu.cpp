@@ -86,6 +86,20 @@ void multiply(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_
   });
 }
 
+void pack_pairs(ProbeMatrix b, int64_t k, int64_t n, void* panels) {
+  pack_pair_panels(b.dtype, b.data, b.row_stride, b.col_stride, k, n, static_cast<BFloat16Pair*>(panels));
+}
+
+#if defined(__AVX512BF16__)
+void multiply_pairs(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
+                    const void* panels, float* c, int64_t ldc, bool accumulate) {
+  gemm(m, n, k, static_cast<const BFloat16Pair*>(a), a_row, a_col, static_cast<const BFloat16Pair*>(panels),
+       c, ldc, mode_of(accumulate));
+}
+#else
+constexpr decltype(Probes::gemm_pairs) multiply_pairs = nullptr;
+#endif
+
 void dot(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b, void* c,
          int64_t ldc, bool accumulate) {
   visit_arithmetic(type, [&](auto zero) {
@@ -160,7 +174,9 @@ double peak_flops(DType type, double seconds) {
 }  // namespace
 
 extern const Probes probes;
-const Probes probes = {lanes, unary,   sum_and_max, convert, padded_columns,     pack,      multiply,
-                       dot,   combine, multipliers, drop,    run_numbered_tasks, peak_flops};
+const Probes probes = {lanes,     unary,    sum_and_max,         convert,    padded_columns,
+                       pack,      multiply, kMultipliesBFloat16, pack_pairs, multiply_pairs,
+                       dot,       combine,  multipliers,         drop,       run_numbered_tasks,
+                       peak_flops};
 
 }  // namespace lwft::LWFT_ISA

@@ -1,1 +1,1 @@
-"""Scaled dot-product attention with bias, mask, prefix, window and dropout: functional, reference, autograd, modules."""
+"""Attention with bias, mask, prefix, window and dropout: functional, reference, autograd and modules."""

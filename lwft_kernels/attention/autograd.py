@@ -1,10 +1,12 @@
 """Shapes and gradient of ``lwft::attention_forward``.
 
-With S the scores after scale, softcap, bias and masks, P = softmax(S) = exp(S - lse), Z the dropout multipliers and
-O = (P * Z) V (FlashAttention-2, Dao 2023, section 3.1 and algorithm 2; here with dropout and a differentiable lse):
+With R = scale * Q K^T, S the scores after softcap, bias and masks, P = softmax(S) = exp(S - lse), Z the
+dropout multipliers and O = (P * Z) V (FlashAttention-2, Dao 2023, section 3.1 and algorithm 2; here with
+dropout, and lse differentiable too):
 
-    dV = (P * Z)^T dO,   dP = Z * (dO V^T),   dS = P * (dP - rowsum(dO * O) + dlse),   dbias = dS summed to its shape,
-    dR = dS * (1 - tanh(R / softcap)^2)  with R = scale * Q K^T,   dQ = scale * dR K,   dK = scale * dR^T Q;
+    dV = (P * Z)^T dO,
+    dS = P * (Z * (dO V^T) - rowsum(dO * O) + dlse),   dbias = dS summed to its shape,
+    dR = dS * (1 - tanh(R / softcap)^2),   dQ = scale * dR K,   dK = scale * dR^T Q;
 
 the prefix has dK and dV of its own. S and Z are computed again in tiles: nothing of size (S, L) is kept.
 """
@@ -24,7 +26,7 @@ _INPUTS = 14
 
 
 def _by_token(like: Tensor) -> Tensor:
-    """An empty (B, H, S, D) whose memory is (B, S, H, D): `.transpose(1, 2).reshape(B, S, H * D)` costs nothing."""
+    """An empty (B, H, S, D) whose memory is (B, S, H, D), so that the heads are merged without a copy."""
     batch, heads, tokens, head_dim = like.shape
     return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
 

@@ -1,4 +1,4 @@
-"""``attention``: scaled dot-product attention with everything lightweight fine-tuning adds to it, in one pass."""
+"""``attention``: scaled dot-product attention with what lightweight fine-tuning adds to it, in one pass."""
 
 from __future__ import annotations
 
@@ -71,38 +71,41 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """dropout(softmax(softcap(scale * q k^T) + bias, masked)) v over prefix and keys; no (S, L) matrix is ever stored.
+    """dropout(softmax(softcap(scale * q k^T) + bias, masked)) v over prefix and keys, no (S, L) matrix.
 
-    Vaswani et al. 2017, eq. 1, computed as FlashAttention-2 (Dao 2023). B batch, H query heads, Hkv key heads (H a
-    multiple of Hkv: grouped-query attention, Ainslie et al. 2023), S queries, L keys, P prefix keys, D head size.
+    Vaswani et al. 2017, eq. 1, computed as FlashAttention-2 (Dao 2023). B batch, H query heads, Hkv key
+    heads (H a multiple of Hkv: grouped-query attention, Ainslie et al. 2023), S queries, L keys, P prefix
+    keys, D head size.
 
     Args:
         q: (B, H, S, D), float64, float32, bfloat16 or float16; any strides, as k and v.
         k, v: (B, Hkv, L, D), the dtype of q. Zero keys are allowed.
-        bias: added to the scores (ALiBi, T5 position bias, an additive mask), broadcastable to (B, H, S, L), in the
-            dtype of q or float32 beside 16-bit q. Its gradient has its own shape.
+        bias: added to the scores (ALiBi, T5 position bias, an additive mask), broadcastable to (B, H, S,
+            L), in the dtype of q or float32 beside 16-bit q. Its gradient has its own shape.
         mask: bool, broadcastable to (B, H, S, L); True = may attend, as in `scaled_dot_product_attention`.
-        prefix_k, prefix_v: (B or 1, Hkv, P, D), the dtype of q: learned keys and values that every query sees whatever
-            the masks say (prefix tuning, Li & Liang 2021). They have no bias, and no position.
+        prefix_k, prefix_v: (B or 1, Hkv, P, D), the dtype of q: learned keys and values that every query
+            sees whatever the masks say (prefix tuning, Li & Liang 2021). They have no bias, and no
+            position.
         scale: factor of the scores; None for 1/sqrt(D).
-        causal: a query sees no later key. Query i stands at i' = i + L - S: the *last* query beside the last key, as in
-            FlashAttention, which is right for a KV cache. `scaled_dot_product_attention(is_causal=True)` puts the
-            *first* query beside the first key; the two agree when S = L.
-        window: a query sees the keys with i' - window < j and, when not causal, j < i' + window (sliding window,
-            Beltagy et al. 2020); at least 1.
-        softcap: scores s become softcap * tanh(s / softcap) before bias and masks (Gemma 2, 2024, section 2); positive.
+        causal: a query sees no later key. Query i stands at i' = i + L - S: the *last* query beside the
+            last key, as in FlashAttention, which is right for a KV cache.
+            `scaled_dot_product_attention(is_causal=True)` puts the *first* query beside the first key; the
+            two agree when S = L.
+        window: a query sees the keys with i' - window < j and, when not causal, j < i' + window (sliding
+            window, Beltagy et al. 2020); at least 1.
+        softcap: scores s become softcap * tanh(s / softcap) before bias and masks (Gemma 2, 2024, section
+            2); positive.
         lengths: (B,) integer, number of valid keys of each sequence; below 0 counts as 0, above L as L.
-        dropout_p: probability of an attention weight to be zeroed. It is applied whenever it is above 0 (as in
-            `scaled_dot_product_attention`): pass 0.0 in evaluation.
-        return_lse: return also the log-sum-exp of each row of scores, over prefix and keys and before dropout, to merge
-            results of parts of the keys; differentiable.
+        dropout_p: probability of an attention weight to be zeroed. It is applied whenever it is above 0 (as
+            in `scaled_dot_product_attention`): pass 0.0 in evaluation.
+        return_lse: return also the log-sum-exp of each row of scores, over prefix and keys and before
+            dropout, to merge results of parts of the keys; differentiable.
 
     Returns:
-        out: (B, H, S, D) in the dtype of q, laid out so that ``out.transpose(1, 2).reshape(B, S, H * D)`` copies nothing.
-        lse (with `return_lse`): (B, H, S), float32, or float64 for float64 inputs.
-        A query that may attend to nothing gets zeros, lse -inf and zero gradients, never NaN.
-
-        Under autocast q, k, v, prefix and bias are cast to its dtype first, as for `scaled_dot_product_attention`.
+        out, (B, H, S, D) in the dtype of q, laid out so that ``out.transpose(1, 2).reshape(B, S, H * D)``
+        copies nothing; with `return_lse` also lse, (B, H, S), float32, or float64 for float64 inputs. A query
+        that may attend to nothing gets zeros, lse -inf and zero gradients, never NaN. Under autocast q, k, v,
+        prefix and bias are cast to its dtype, as for `scaled_dot_product_attention`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
@@ -113,8 +116,7 @@ def attention(
     if autocast is not None:
         q, k, v = (value if value.dtype == torch.float64 else value.to(autocast) for value in (q, k, v))
         bias, prefix_k, prefix_v = (
-            checks.cast(value, autocast) if isinstance(value, Tensor) else value
-            for value in (bias, prefix_k, prefix_v)
+            checks.cast(value, autocast) if isinstance(value, Tensor) else value for value in (bias, prefix_k, prefix_v)
         )
 
     _check_keys(q, k, v, prefix_k, prefix_v)
@@ -149,7 +151,8 @@ def attention(
     if not backend.use_native(_OP, q.device):
         return reference.attention(
             q, k, v, bias=bias, mask=mask, prefix_k=prefix_k, prefix_v=prefix_v, scale=scale, causal=causal,
-            window=window, softcap=softcap, lengths=lengths, dropout_p=dropout_p, return_lse=return_lse, seed=seed,
+            window=window, softcap=softcap, lengths=lengths, dropout_p=dropout_p, return_lse=return_lse,
+            seed=seed,
         )  # fmt: skip
     out: Tensor
     lse: Tensor
@@ -183,9 +186,7 @@ def _check_keys(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix
             meaning = "(B or 1, Hkv, P, D)"
             checks.shape(_OP, name, value, (None, kv_heads, None, head_dim), meaning)
             if value.shape[0] not in (1, batch):
-                raise ValueError(
-                    f"{_OP}: {name} must have shape {meaning} with B = {batch}, got {tuple(value.shape)}"
-                )
+                raise ValueError(f"{_OP}: {name} must have shape {meaning} with B = {batch}, got {tuple(value.shape)}")
         checks.shape(_OP, "prefix_v", prefix_v, tuple(prefix_k.shape), "that of prefix_k")
         others += [("prefix_k", prefix_k), ("prefix_v", prefix_v)]
     for name, value in others:
@@ -201,9 +202,7 @@ def _broadcastable(name: str, value: Tensor, full: tuple[int, int, int, int], q:
         view = value[(None,) * missing] if missing else value
         if all(size == 1 or size == want for size, want in zip(view.shape, full, strict=True)):
             return view
-    raise ValueError(
-        f"{_OP}: {name} must be broadcastable to (B, H, S, L) = {full}, got {tuple(value.shape)}"
-    )
+    raise ValueError(f"{_OP}: {name} must be broadcastable to (B, H, S, L) = {full}, got {tuple(value.shape)}")
 
 
 def _checked_lengths(lengths: Tensor, q: Tensor) -> Tensor:

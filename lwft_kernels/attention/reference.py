@@ -20,7 +20,7 @@ def may_attend(
     lengths: Tensor | None = None,  # (B,) int64
     device: torch.device | None = None,
 ) -> Tensor:  # bool, broadcastable to (B, H, S, L)
-    """Which keys a query sees. Query i stands at i' = i + L - S among the keys: the last query beside the last key."""
+    """Which keys a query sees. Query i stands at i' = i + L - S: the last query beside the last key."""
     i = torch.arange(queries, device=device)[:, None] + (keys - queries)
     j = torch.arange(keys, device=device)
     allowed = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
@@ -68,15 +68,13 @@ def attention(
     scores, values = scores_of(k), values_of(v)
     if bias is not None:
         scores = scores + bias
-    allowed = may_attend(
-        queries, keys, causal=causal, window=window, mask=mask, lengths=lengths, device=q.device
-    )
+    allowed = may_attend(queries, keys, causal=causal, window=window, mask=mask, lengths=lengths, device=q.device)
     scores = scores.masked_fill(~allowed, -math.inf)
     if prefix_k is not None and prefix_v is not None:
         scores = torch.cat((scores_of(prefix_k).to(scores.dtype), scores), -1)
         values = torch.cat((values_of(prefix_v), values), 2)
 
-    # A row with nothing to attend to gives zeros and gets no gradient; a softmax over -inf alone would be NaN in both.
+    # A row with nothing to attend to gives zeros and gets no gradient; a softmax of -inf alone would be NaN.
     nothing = (scores == -math.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(nothing, 0.0)
     statistics = torch.promote_types(scores.dtype, torch.float32)

@@ -66,13 +66,9 @@ class Report:
         if not self.changes:
             return f"lwft_kernels.accelerate: nothing to replace ({found})"
         header = ("module", "was", "now, or why not")
-        rows = [
-            (c.module, c.was, c.now if c.now is not None else f"unchanged: {c.reason}") for c in self.changes
-        ]
+        rows = [(c.module, c.was, c.now if c.now is not None else f"unchanged: {c.reason}") for c in self.changes]
         widths = [max(len(row[i]) for row in (header, *rows)) for i in (0, 1)]
-        lines = [
-            "  ".join((row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2])) for row in (header, *rows)
-        ]
+        lines = ["  ".join((row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2])) for row in (header, *rows)]
         lines.insert(1, "-" * max(map(len, lines)))
         lines.append(f"{len(self.replaced)} of {len(self.changes)} replaced ({found})")
         return "\n".join(lines)

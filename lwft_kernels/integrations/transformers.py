@@ -45,8 +45,7 @@ def attention_forward(
     query: Tensor,  # (B, H, S, D), a transposed view
     key: Tensor,  # (B, Hkv, L, D)
     value: Tensor,  # (B, Hkv, L, D)
-    attention_mask: Tensor
-    | None,  # bool True = may attend, or float added to the scores; (B or 1, H or 1, S, L)
+    attention_mask: Tensor | None,  # (B or 1, H or 1, S, L): bool, True = may attend, or float to be added
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -57,17 +56,13 @@ def attention_forward(
     """The attention function models call; its arguments are transformers'. Returns ((B, S, H, D), None)."""
     for name in _SPARSE:
         if kwargs.get(name) is not None:  # SDPA would attend to everything and not say so
-            raise NotImplementedError(
-                f"attention over {name} only is not supported: use accelerate(attention=False)"
-            )
+            raise NotImplementedError(f"attention over {name} only is not supported: use accelerate(attention=False)")
     reason = _why_not(query, key, value, attention_mask, scaling, kwargs)
     if reason is not None:
         backend.record_decline(_OP, reason)
         if softcap is not None:
             kwargs["softcap"] = softcap
-        return _original(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, kwargs
-        )
+        return _original(module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, kwargs)
     queries, keys = query.shape[2], key.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -87,15 +82,7 @@ def attention_forward(
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
         causal = False
     out = LF.attention(
-        query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        scale=scaling,
-        causal=causal,
-        softcap=softcap,
-        dropout_p=dropout,
+        query, key, value, bias=bias, mask=mask, scale=scaling, causal=causal, softcap=softcap, dropout_p=dropout
     )
     return out.transpose(1, 2), None
 
@@ -147,9 +134,7 @@ def _original(
 ) -> tuple[Tensor, Any]:
     """The library's own path: SDPA, or the model's eager function for what SDPA does not know."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    needs_eager = kwargs.get("output_attentions") or any(
-        kwargs.get(name) is not None for name in (*_SINKS, "softcap")
-    )
+    needs_eager = kwargs.get("output_attentions") or any(kwargs.get(name) is not None for name in (*_SINKS, "softcap"))
     if eager is None or not needs_eager:
         result: tuple[Tensor, Any] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
@@ -163,9 +148,7 @@ def _original(
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
-            ~attention_mask, lowest
-        )
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
     if position_bias is not None:
         kwargs["position_bias"] = position_bias
     out: tuple[Tensor, Any] = eager(
@@ -223,9 +206,7 @@ def _plan_pretrained(prefix: str, model: PreTrainedModel) -> list[Change]:
             changes.append(Change(name, was, reason=reason))
         else:
             changes.append(Change(name, was, NAME, apply=switch.on_for(config), revert=switch.off))
-    return changes or [
-        Change(prefix or type(model).__name__, what, reason="no module calls the attention interface")
-    ]
+    return changes or [Change(prefix or type(model).__name__, what, reason="no module calls the attention interface")]
 
 
 def _why_not_model(model: PreTrainedModel) -> str | None:

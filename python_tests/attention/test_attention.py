@@ -24,7 +24,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def make(batch, heads, kv_heads, queries, keys, head_dim, *, prefix=0, shared_prefix=True, bias=None, **rule):
-    """Arguments of `attention` in float64; q, k, v are `(B, S, H, D).transpose(1, 2)` views, as models hand over."""
+    """Arguments in float64; q, k, v are `(B, S, H, D).transpose(1, 2)` views, as models hand them over."""
     generator = torch.Generator().manual_seed(queries * 1000 + keys + head_dim)
 
     def leaf(*shape):
@@ -114,7 +114,7 @@ def test_rules(rule, queries, keys, dtype):
 @every_dtype
 @pytest.mark.parametrize("sizes", list(itertools.product((1, 2), (1, 4), (1, 37), (1, 150))), ids=str)
 def test_bias_of_every_broadcast(sizes, dtype):
-    # The prefix has no bias: without it a bias that is the same for all keys would have a gradient of exactly 0.
+    # The prefix has no bias: without it a bias that is the same for all keys has a gradient of exactly 0.
     check(make(2, 4, 2, 37, 150, 16, prefix=70, bias=sizes), dtype)
 
 
@@ -216,9 +216,7 @@ def test_dropout_is_that_of_the_stream():
     v = torch.eye(66).expand(2, 3, 66, 66)
     seed = torch.tensor([3, 4])
     d = F.pad(q, (0, 58)), F.pad(k, (0, 58))
-    weights, _ = torch.ops.lwft.attention_forward(
-        *d, v, None, None, None, None, None, seed, 1.0, False, 0, 0.0, 0.3
-    )
+    weights, _ = torch.ops.lwft.attention_forward(*d, v, None, None, None, None, None, seed, 1.0, False, 0, 0.0, 0.3)
     plain = torch.softmax(q @ k.transpose(-2, -1), -1)
     kept = keep_multiplier(seed, torch.arange(2 * 3 * 20), torch.arange(66), 0.3, torch.float32)
     torch.testing.assert_close(weights, plain * kept.view(plain.shape))
@@ -259,9 +257,7 @@ def test_causal_is_aligned_to_the_last_key():
 def test_prefix_equals_concatenation():
     arguments = {n: v.detach() for n, v in make(2, 4, 2, 20, 20, 16, prefix=7).items()}
     q, k, v, prefix_k, prefix_v = arguments.values()
-    joined = [
-        torch.cat((p.expand(2, -1, -1, -1), t), 2) for p, t in ((prefix_k, k), (prefix_v, v))
-    ]
+    joined = [torch.cat((p.expand(2, -1, -1, -1), t), 2) for p, t in ((prefix_k, k), (prefix_v, v))]
     allowed = torch.cat((torch.ones(20, 7, dtype=torch.bool), torch.ones(20, 20, dtype=torch.bool).tril()), 1)
     expected = F.scaled_dot_product_attention(q, *joined, attn_mask=allowed, enable_gqa=True)
     torch.testing.assert_close(ours(**arguments, causal=True), expected)
@@ -350,16 +346,19 @@ def test_expanded_inputs_and_gradient():
 @pytest.mark.parametrize("prefix_batch", [1, 2])
 def test_gradcheck(rule, prefix_batch):
     generator = torch.Generator().manual_seed(1)
-    shapes = ((2, 2, 3, 3), (2, 1, 4, 3), (2, 1, 4, 3), (2, 3, 4), (prefix_batch, 1, 2, 3), (prefix_batch, 1, 2, 3))
-    inputs = [
-        torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes
-    ]
+    shapes = (
+        (2, 2, 3, 3),
+        (2, 1, 4, 3),
+        (2, 1, 4, 3),
+        (2, 3, 4),
+        (prefix_batch, 1, 2, 3),
+        (prefix_batch, 1, 2, 3),
+    )
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
 
     def op(q, k, v, bias, prefix_k, prefix_v):
         torch.manual_seed(3)
-        return LF.attention(
-            q, k, v, bias=bias, prefix_k=prefix_k, prefix_v=prefix_v, return_lse=True, **rule
-        )
+        return LF.attention(q, k, v, bias=bias, prefix_k=prefix_k, prefix_v=prefix_v, return_lse=True, **rule)
 
     assert torch.autograd.gradcheck(op, inputs)
 
@@ -414,9 +413,7 @@ def test_compile():
         out, lse = module(*leaves)
         return out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
 
-    for mine, expected in zip(
-        run(torch.compile(Attend(), fullgraph=True)), run(Attend()), strict=True
-    ):
+    for mine, expected in zip(run(torch.compile(Attend(), fullgraph=True)), run(Attend()), strict=True):
         torch.testing.assert_close(mine, expected)
 
 
@@ -479,9 +476,7 @@ def test_checkpoint_draws_the_same_dropout():
     ids=str,
 )
 def test_same_bits_for_every_thread_count(shape):
-    arguments = make(
-        *shape, prefix=5, causal=True, dropout_p=0.1, bias=(1, *shape[1:2], *shape[3:5]), return_lse=True
-    )
+    arguments = make(*shape, prefix=5, causal=True, dropout_p=0.1, bias=(1, *shape[1:2], *shape[3:5]), return_lse=True)
     arguments = {
         n: v.detach().float().requires_grad_() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()
     }
@@ -546,7 +541,11 @@ WRONG = [
         ValueError,
         "prefix_v must have shape that of prefix_k",
     ),
-    (dict.fromkeys(("prefix_k", "prefix_v"), torch.ones(1, 2, 3, 8).half()), TypeError, "prefix_k is torch.float16"),
+    (
+        dict.fromkeys(("prefix_k", "prefix_v"), torch.ones(1, 2, 3, 8).half()),
+        TypeError,
+        "prefix_k is torch.float16",
+    ),
     ({"scale": float("nan")}, ValueError, "scale must be finite"),
     ({"scale": "big"}, TypeError, "scale must be a number"),
     ({"causal": 1}, TypeError, "causal must be True or False"),

@@ -11,7 +11,12 @@ from oracle import RATIO, relative_error
 from lwft_kernels.attention import reference
 
 SEED, OFFSET = 11, 13
-TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "uint16": torch.bfloat16}
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "uint16": torch.bfloat16,
+}
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""csrc/common/cpu/convert.h on every level: every bfloat16 and float16 there is, and rounding to nearest even."""
+"""csrc/common/cpu/convert.h on every level: each bfloat16 and float16 there is, rounding to nearest even."""
 
 import lwft_harness
 import numpy as np
@@ -35,7 +35,9 @@ def hard_float32(halves: np.ndarray) -> np.ndarray:
     finite = np.sort(halves[np.isfinite(halves)].astype(np.float64))
     middle = ((finite[:-1] + finite[1:]) / 2).astype(np.float32)
     up, down = np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(-np.inf))
-    special = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 65504, 65519.996, 65520, 3.4e38, 1e-45], np.float32)
+    special = np.array(
+        [np.inf, -np.inf, np.nan, 0.0, -0.0, 65504, 65519.996, 65520, 3.4e38, 1e-45], np.float32
+    )
     random = np.random.default_rng(1).integers(0, 2**32, 200_003, dtype=np.uint32).view(np.float32)
     return np.concatenate([halves.astype(np.float32), middle, up, down, special, -special, random])
 
@@ -75,7 +77,7 @@ def test_float16_rounds_to_nearest_even(level: str) -> None:
 def test_every_pair_any_length_any_stride(level: str, source: type, to: str) -> None:
     small = np.random.default_rng(2).integers(-64, 64, 300)  # exact in every type
     values = float32_to_bfloat16(small.astype(np.float32)) if source == np.uint16 else small.astype(source)
-    for length in [*range(0, 40), 100]:
+    for length in [*range(40), 100]:
         for step in (1, 3):
             actual = lwft_harness.convert(level, values[: length * step : step], to)
             if to == "bfloat16":

@@ -1,4 +1,4 @@
-"""The package's random stream: known answers of Philox, and the vectorised rows of every level against the scalar."""
+"""The random stream: known answers of Philox, and the vectorised rows of every level against the scalar."""
 
 import lwft_harness
 import numpy as np
@@ -39,7 +39,14 @@ def test_rows_equal_the_scalar_stream(level: str, arithmetic: str, p: float) -> 
     seed, offset = 0xDEADBEEF12345678, 3
     threshold = min(int(p * 2**32), 2**32 - 1)
     keep_scale = 0.0 if p == 1 else 1 / (1 - p)
-    for row, col0, n in [(0, 0, 256), (7, 64, 65), (2**32 + 1, 1, 200), (3, 63, 1), (3, 100, 0), (1, 4096 + 37, 93)]:
+    for row, col0, n in [
+        (0, 0, 256),
+        (7, 64, 65),
+        (2**32 + 1, 1, 200),
+        (3, 63, 1),
+        (3, 100, 0),
+        (1, 4096 + 37, 93),
+    ]:
         draws = np.array([lwft_harness.philox_draw(seed, offset, row, col0 + i) for i in range(n)], np.int64)
         expected = np.where(draws >= threshold, keep_scale, 0.0).astype(arithmetic)
         multipliers = lwft_harness.dropout_multipliers(level, arithmetic, seed, offset, p, row, col0, n)
@@ -52,7 +59,9 @@ def test_rows_equal_the_scalar_stream(level: str, arithmetic: str, p: float) -> 
 def test_how_many_are_kept() -> None:
     """0.9 of 2 million, within 5 standard deviations; no two rows alike."""
     level = LEVELS[-1]
-    rows = [lwft_harness.dropout_multipliers(level, "float32", 1, 2, 0.1, row, 0, 20_000) for row in range(100)]
+    rows = [
+        lwft_harness.dropout_multipliers(level, "float32", 1, 2, 0.1, row, 0, 20_000) for row in range(100)
+    ]
     kept = np.stack(rows) != 0
     assert abs(kept.mean() - 0.9) < 5 * (0.09 / kept.size) ** 0.5
     assert len({row.tobytes() for row in kept}) == 100

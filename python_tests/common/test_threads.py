@@ -1,4 +1,4 @@
-"""csrc/common/cpu/threads.h: every task once, scratch memory of its own, a failure that reaches the caller."""
+"""csrc/common/cpu/threads.h: every task once, memory of its own, a failure that reaches the caller."""
 
 from collections.abc import Iterator
 

@@ -96,7 +96,9 @@ def test_products_of_few_rows(level: str, dtype: type, product: str) -> None:
 def test_panels(level: str, dtype: type, layout: str) -> None:
     """[panel][k][width], the last panel as wide as it must be, zeros in the padding; from every dtype."""
     lanes = lwft_harness.lanes(level, np.dtype(dtype).name)
-    for k, n in itertools.product([0, 1, 7, 16, 33], [0, 1, 5, lanes, 2 * lanes + 1, 4 * lanes, 9 * lanes + 3]):
+    for k, n in itertools.product(
+        [0, 1, 7, 16, 33], [0, 1, 5, lanes, 2 * lanes + 1, 4 * lanes, 9 * lanes + 3]
+    ):
         b = random_matrix(k, n, dtype, layout)
         for given in (b, to_bfloat16(b), b.astype(np.float16, order="K"), b.astype(np.float32, order="K")):
             panels = lwft_harness.pack_panels(level, given, np.dtype(dtype).name)
@@ -126,3 +128,47 @@ def test_a_long_sum_is_accurate(level: str) -> None:
         lwft_harness.combine_rows(level, a, b),
     ):
         assert np.linalg.norm(actual - exact) <= 2 * numpy_error + 2e-7 * np.linalg.norm(exact)
+
+
+def even_rows(x: np.ndarray) -> np.ndarray:
+    """A bfloat16 copy whose rows are whole pairs: an even row stride, and a zero after an odd row."""
+    rows, columns = x.shape
+    padded = np.zeros((rows, columns + columns % 2), np.uint16)
+    padded[:, :columns] = to_bfloat16(x)
+    return padded[:, :columns]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("layout", ["rows", "columns", "none"])
+@pytest.mark.parametrize("source", [np.uint16, np.float32])
+def test_pair_panels(level: str, layout: str, source: type) -> None:
+    """The panels of the even rows and of the odd rows, pair by pair; a missing odd row is zero."""
+    for k, n in itertools.product([0, 1, 2, 7, 16, 33, 64], [0, 1, 5, 16, 33, 64, 150]):
+        b = random_matrix(k, n, np.float32, layout)
+        bits = to_bfloat16(b)
+        given = bits if source == np.uint16 else value_of(bits).astype(np.float32, order="K")
+        expected = np.zeros((2, (k + 1) // 2, n))
+        expected[0], expected[1, : k // 2] = value_of(bits[::2]), value_of(bits[1::2])
+        pairs = lwft_harness.pack_pair_panels(level, given).reshape(-1, 2)
+        for part in range(2):
+            panels = lwft_harness.pack_panels(level, expected[part], "float32")
+            np.testing.assert_array_equal(value_of(pairs[:, part]), panels)
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if lwft_harness.multiplies_bfloat16(level)])
+def test_gemm_of_bfloat16(level: str) -> None:
+    layouts = itertools.cycle(["columns", "rows", "none"])
+    for m, n, k in SIZES:
+        a, b = (
+            even_rows(random_matrix(m, k, np.float32)),
+            to_bfloat16(random_matrix(k, n, np.float32, next(layouts))),
+        )
+        exact = value_of(np.ascontiguousarray(a))
+        for pack_a in (False, True):
+            out = lwft_harness.gemm_bfloat16(level, a, b, margin=MARGIN, pack_a=pack_a)
+            assert_close(out[:, :n], exact, b)
+            assert np.all(out[:, n:-MARGIN] == 0), "padding"
+            assert np.all(np.isnan(out[:, -MARGIN:])), "written past the padding"
+            before = random_matrix(m, out.shape[1], np.float32)
+            after = lwft_harness.gemm_bfloat16(level, a, b, c=before, margin=MARGIN, pack_a=pack_a)
+            assert_close(after[:, :n], exact, b, before[:, :n])

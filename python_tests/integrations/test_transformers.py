@@ -33,12 +33,24 @@ def build(family):
         return t.RobertaForMaskedLM(t.RobertaConfig(**SMALL, intermediate_size=48, pad_token_id=0, **quiet))
     if family == "distilbert":
         config = t.DistilBertConfig(
-            vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=48, dropout=0.0, attention_dropout=0.0
+            vocab_size=VOCABULARY,
+            dim=32,
+            n_layers=2,
+            n_heads=4,
+            hidden_dim=48,
+            dropout=0.0,
+            attention_dropout=0.0,
         )
         return t.DistilBertForMaskedLM(config)
     if family == "gpt2":
         config = t.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         )
         return t.GPT2LMHeadModel(config)
     if family == "llama":
@@ -131,9 +143,7 @@ def test_undo_restores_everything(family):
 def test_report_names_modules_and_reasons():
     model = nn.ModuleDict({"text": build("bert"), "other": build_bloom(), "head": nn.Linear(3, 3)})
     report = lwft_kernels.explain(model)
-    assert [c.module for c in report.replaced] == [
-        f"text.bert.encoder.layer.{i}.attention.self" for i in range(2)
-    ]
+    assert [c.module for c in report.replaced] == [f"text.bert.encoder.layer.{i}.attention.self" for i in range(2)]
     assert report.replaced[0].was == "BertSelfAttention: sdpa"
     (declined,) = report.declined
     assert declined.module == "other" and "attention interface" in declined.reason
@@ -345,7 +355,12 @@ def test_attention_sinks_go_to_the_library():
 def test_generate_gives_the_same_tokens(cache):
     model = build("llama").eval()
     inputs = {k: v for k, v in batch(False).items() if k != "labels"}
-    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "cache_implementation": cache,
+        "disable_compile": True,
+    }
     expected = model.generate(**inputs, **options)
     lwft_kernels.accelerate(model)
     assert torch.equal(model.generate(**inputs, **options), expected)

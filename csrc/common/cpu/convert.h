@@ -174,7 +174,9 @@ inline void store_first_as(Storage* to, Vec<T> v, int64_t n) {
 // One element.
 template <class T, class Storage>
 inline T load_one(const Storage* from) {
-  if constexpr (sizeof(Storage) == 2) {
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    return static_cast<T>(bit_cast<float>(static_cast<uint32_t>(from->bits) << 16));
+  } else if constexpr (std::is_same_v<Storage, Float16>) {
     return load_first_as<T>(from, 1)[0];
   } else {
     return static_cast<T>(*from);

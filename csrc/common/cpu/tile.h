@@ -54,11 +54,48 @@ template <class T>
 void pack_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k,
                  int64_t n, T* panels);
 
+// What sums of products of T are kept in.
+template <class T>
+struct SumType {
+  using type = T;
+};
+template <class T>
+using SumOf = typename SumType<T>::type;
+
 // C[m, n] (+)= A B; A(i, l) = a[i * a_row + l * a_col], B packed by pack_panels, ldc >= padded<T>(n). The
 // columns from j on, j a multiple of kPanelColumns<T>, are a product of their own: panels + j * k, c + j.
 template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels, T* c,
-          int64_t ldc, Mode mode);
+void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels,
+          SumOf<T>* c, int64_t ldc, Mode mode);
+
+// ---- bfloat16 times bfloat16 with sums in float, at twice the rate, on machines that multiply pairs of them
+
+// Two neighbours along k; where k is odd the last `second` is zero.
+struct BFloat16Pair {
+  uint16_t first, second;
+};
+template <>
+struct SumType<BFloat16Pair> {
+  using type = float;
+};
+
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesBFloat16 = true;
+#else
+constexpr bool kMultipliesBFloat16 = false;
+#endif
+
+// All of the above holds for gemm<BFloat16Pair> with k, a_row, a_col and the panels counted in pairs. It exists only
+// where kMultipliesBFloat16. A row-major bfloat16 matrix of even row stride and even k is an A as it lies.
+
+constexpr int64_t pairs(int64_t k) { return ceil_div(k, 2); }
+
+// pack_panels of a bfloat16 or float32 (k, n) matrix, rounded to bfloat16: pairs(k) rows of pairs. Fast where
+// col_stride is 1, or row_stride is 1 and the matrix is a bfloat16 one of even col_stride.
+void pack_pair_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k,
+                      int64_t n, BFloat16Pair* panels);
+
+// ---- few rows ----
 
 // The two products without packing, for so few rows of A (m up to about 8) that B is not worth a copy: one
 // token, one query. B has unit stride along its rows, any dtype, and is read from memory once for all of A.

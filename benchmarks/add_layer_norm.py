@@ -1,0 +1,84 @@
+"""LayerNorm(x + dropout(sublayer_out))."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lwft_kernels import functional as LF
+
+from .case import Arguments, Case, Family, Run, compiled, normal
+
+
+def _case(
+    preset: str, tokens: int, width: int, dropout_p: float = 0.0, dtypes: tuple[str, ...] = ("float32",)
+) -> Case:
+    return Case(
+        f"T={tokens} d={width}" + (f" dropout {dropout_p}" if dropout_p else ""),
+        {"T": tokens, "d": width, **({"dropout_p": dropout_p} if dropout_p else {})},
+        preset,
+        8.0 * tokens * width,
+        3.0 * tokens * width,
+        dtypes,
+        (f"d={width}, dropout {dropout_p}", "T"),
+    )
+
+
+CASES = (
+    _case("smoke", 5, 24),
+    _case("quick", 128, 768),
+    _case("quick", 4096, 768, dtypes=("float32", "bfloat16")),
+    _case("quick", 4096, 768, 0.1),
+    *(_case("full", t, 768, p) for t in (1, 16, 1024) for p in (0.0, 0.1)),
+    _case("full", 1024, 4096, 0.1, ("float32", "bfloat16")),
+)
+
+
+def arguments(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
+    tokens, d = case.sizes["T"], case.sizes["d"]
+    result: Arguments = {
+        "x": normal(generator, dtype, tokens, d, grad=True),
+        "sublayer_out": normal(generator, dtype, tokens, d, grad=True),
+        "weight": normal(generator, dtype, d, grad=True),
+        "bias": normal(generator, dtype, d, grad=True),
+    }
+    if "dropout_p" in case.sizes:
+        result["dropout_p"] = case.sizes["dropout_p"]
+    return result
+
+
+def _function(p: float) -> Any:
+    def add_layer_norm(x: Tensor, sublayer_out: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        dropped = F.dropout(sublayer_out, p) if p else sublayer_out
+        return F.layer_norm(x + dropped, x.shape[-1:], weight, bias)
+
+    return add_layer_norm
+
+
+_NAMES = ("x", "sublayer_out", "weight", "bias")
+
+
+def _eager(_: Case, a: Arguments) -> Run:
+    function, values = _function(a.get("dropout_p", 0.0)), [a[name] for name in _NAMES]
+    return lambda: function(*values)
+
+
+def _compile(_: Case, a: Arguments) -> Run:
+    function, values = compiled(_function(a.get("dropout_p", 0.0))), [a[name] for name in _NAMES]
+    return lambda: function(*values)
+
+
+def _ours(_: Case, a: Arguments) -> Run:
+    return lambda: LF.add_layer_norm(**a)
+
+
+FAMILY = Family(
+    "add_layer_norm",
+    CASES,
+    arguments,
+    {"eager": _eager, "compile": _compile, "lwft": _ours},
+    ours=LF.add_layer_norm,
+)

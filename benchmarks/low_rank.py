@@ -1,0 +1,69 @@
+"""A factorised linear layer: x P Q + bias."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lwft_kernels import functional as LF
+
+from .case import Arguments, Case, Family, Run, compiled, normal
+
+
+def _case(preset: str, tokens: int, width: int, rank: int, *, dtypes: tuple[str, ...] = ("float32",)) -> Case:
+    return Case(
+        f"T={tokens} d={width} r={rank}",
+        {"T": tokens, "d": width, "r": rank},
+        preset,
+        4.0 * tokens * width * rank,
+        2.0 * tokens * width + 2.0 * width * rank,
+        dtypes,
+        ("d=768 r=16", "T") if (width, rank) == (768, 16) else None,
+    )
+
+
+CASES = (
+    _case("smoke", 5, 24, 4),
+    _case("quick", 128, 768, 16),
+    _case("quick", 4096, 768, 16, dtypes=("float32", "bfloat16")),
+    *(_case("full", t, 768, 16) for t in (1, 16, 1024)),
+    *(_case("full", 4096, 768, r) for r in (4, 64)),
+    *(_case("full", t, 4096, 16) for t in (1, 128)),
+)
+
+
+def arguments(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
+    s = case.sizes
+    return {
+        "x": normal(generator, dtype, s["T"], s["d"], grad=True),
+        "down_weight": normal(generator, dtype, s["r"], s["d"], grad=True, scale=s["d"] ** -0.5),
+        "up_weight": normal(generator, dtype, s["d"], s["r"], grad=True, scale=s["r"] ** -0.5),
+        "bias": normal(generator, dtype, s["d"], grad=True),
+    }
+
+
+def _two_linears(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(F.linear(x, down_weight), up_weight, bias)
+
+
+def _eager(_: Case, a: Arguments) -> Run:
+    return lambda: _two_linears(**a)
+
+
+def _compile(_: Case, a: Arguments) -> Run:
+    function = compiled(_two_linears)
+    return lambda: function(**a)
+
+
+def _ours(_: Case, a: Arguments) -> Run:
+    return lambda: LF.low_rank_linear(**a)
+
+
+FAMILY = Family(
+    "low_rank_linear",
+    CASES,
+    arguments,
+    {"eager": _eager, "compile": _compile, "lwft": _ours},
+    ours=LF.low_rank_linear,
+)
