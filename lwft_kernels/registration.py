@@ -11,10 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lwft_kernels import backend
 
 Formula = Callable[..., Any]
+
+
+def transforms_active() -> bool:
+    """Whether a `torch.func` transform or forward-mode AD is under way, which the ops have no rules for."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _has_tangent(args: Sequence[Any]) -> bool:
+    return any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args)
 
 
 def wanted(needs_input_grad: Sequence[bool], positions: Sequence[int]) -> int:
@@ -40,8 +50,8 @@ def run_backward(op: str, *args: Any) -> Any:
 def _no_double_backward(op: str) -> Formula:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(
-            f"lwft_kernels.{op} has no second derivative: differentiate once (create_graph=False), or compute this part "
-            "with lwft_kernels.use_backend('reference')"
+            f"lwft_kernels.{op} has no second derivative: differentiate once (create_graph=False), or compute this "
+            "part with lwft_kernels.use_backend('reference')"
         )
 
     return backward
@@ -114,7 +124,13 @@ def register(
             return forward_op(*args)
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
-                f"lwft_kernels.{op} does not work under torch.func transforms (grad, vmap, ...): use torch.autograd, or "
+                f"lwft_kernels.{op} does not work under torch.func transforms (grad, vmap, ...): use torch.autograd, "
+                "or lwft_kernels.use_backend('reference')"
+            )
+        # below autograd a tangent would be lost without a word
+        if forward_ad._current_level >= 0 and _has_tangent(args):
+            raise NotImplementedError(
+                f"lwft_kernels.{op} has no forward-mode derivative: use backward, or "
                 "lwft_kernels.use_backend('reference')"
             )
         return apply(*args) if torch.is_grad_enabled() else below_autograd(*args)

@@ -21,9 +21,17 @@ def _plans(model: nn.Module, attention: bool, lora: bool) -> tuple[list[Change],
         if library in sys.modules and hasattr(sys.modules[library], "__version__"):
             versions[library] = sys.modules[library].__version__
             if wanted:
-                room = importlib.import_module(f"lwft_kernels.integrations.{library}")
-                changes += room.plan(model)
+                changes += _plan(library, versions[library], model)
     return changes, versions
+
+
+def _plan(library: str, version: str, model: nn.Module) -> list[Change]:
+    try:
+        room = importlib.import_module(f"lwft_kernels.integrations.{library}")
+    except ImportError as error:  # a release without what the room builds on
+        return [Change("", library, reason=f"{library} {version} is not supported: {error}")]
+    changes: list[Change] = room.plan(model)
+    return changes
 
 
 def accelerate(model: nn.Module, *, attention: bool = True, lora: bool = True) -> Report:
@@ -31,12 +39,12 @@ def accelerate(model: nn.Module, *, attention: bool = True, lora: bool = True) -
 
     - transformers 5.x: every attention that goes through the attention interface computes with
       `lwft_kernels.functional.attention`.
-    - PEFT: every `lora.Linear` computes with `lora_linear`, or `lora_delta_` where the base layer is not a plain frozen
-      `nn.Linear`.
+    - PEFT: every `lora.Linear` computes with `lora_linear`, or `lora_delta_` where the base layer is not a
+      plain frozen `nn.Linear`.
 
     A call that a kernel cannot serve is computed by the library's own code and counted, with the reason, in
-    `lwft_kernels.stats`. state_dict, checkpoints, hooks and `save_pretrained` are unchanged. Calling it again finds what
-    has been added since.
+    `lwft_kernels.stats`. state_dict, checkpoints, hooks and `save_pretrained` are unchanged. Calling it again
+    finds what has been added since. The kernels have no second derivative: `create_graph=True` raises.
 
     Args:
         model: any module; a `PreTrainedModel`, a `PeftModel`, or one that contains them.
@@ -51,7 +59,9 @@ def accelerate(model: nn.Module, *, attention: bool = True, lora: bool = True) -
     changes, versions = _plans(model, attention, lora)
     for change in changes:
         if change.now is not None:
-            change.apply()
+            change.reason = change.apply()
+            if change.reason is not None:
+                change.now = None
     return Report(changes, versions, applied=True)
 
 

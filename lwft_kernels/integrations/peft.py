@@ -1,26 +1,29 @@
-"""PEFT's `lora.Linear`, by class swap: a subclass whose forward is one op, and PEFT's own forward for all else.
+"""PEFT's `lora.Linear`, by class swap: a subclass whose forward is one op, else PEFT's own forward.
 
-The module stays the same object with the same parameters, so state_dict, merging, adapter switching, saving and
-copying are PEFT's as before.
+The module stays the same object with the same parameters, so state_dict, merging, adapter switching, saving
+and copying are PEFT's as before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import peft
+import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from lwft_kernels import backend, checks
+from lwft_kernels import backend, checks, registration
 from lwft_kernels import functional as LF
 from lwft_kernels.integrations.report import Change
 
 _OP = "peft lora.Linear"  # as declined calls are named in stats()
 
 
-class LoraLinear(lora.Linear):  # type: ignore[misc]
+class LoraLinear(lora.Linear):
     """`peft.tuners.lora.Linear` on `lora_linear` and `lora_delta_`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -39,15 +42,21 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
             base.weight.dtype == x.dtype or checks.autocast_dtype(x.device) is not None
         ):
             return LF.lora_linear(x, base.weight, base.bias, a, b, scale=scale, dropout_p=p)
-        # A quantised, offloaded, hooked or trained base computes itself; its result is ours to add to.
+        # A quantised, offloaded, hooked or trained base computes itself.
         result: Tensor = base(x)
-        if result is x or result._is_view():  # not ours alone to write to
+        if not _is_ours(base, result):
             result = result.clone()
         return LF.lora_delta_(result, x, a, b, scale=scale, dropout_p=p)
 
 
+def _is_ours(base: nn.Module, result: Tensor) -> bool:
+    """Whether nobody else holds `result`: a hook may have kept it, another layer saved it for backward."""
+    return type(base) in (nn.Linear, Conv1D) and not _has_hooks(base) and not result._is_view()
+
+
 def _active(module: lora.Linear) -> str:
-    return next(name for name in module.active_adapters if name in module.lora_A)
+    name: str = next(name for name in module.active_adapters if name in module.lora_A)
+    return name
 
 
 def _why_not(module: lora.Linear, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -78,8 +87,12 @@ def _why_not(module: lora.Linear, x: Any, args: tuple[Any, ...], kwargs: dict[st
         return "the adapter's layers have hooks"
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"the dropout is a {type(dropout).__name__}"
-    if not isinstance(x, Tensor) or x.dim() < 2 or type(x) not in (Tensor, nn.Parameter):
+    if a.weight.dtype != b.weight.dtype:
+        return "lora_A and lora_B differ in dtype"
+    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.is_nested or x.dim() < 2:
         return "the input is not a plain tensor of two or more dimensions"
+    if not torch.compiler.is_compiling() and registration.transforms_active():
+        return "a torch.func transform or forward-mode AD is under way"
     if x.device != a.weight.device:
         return "input and adapter are on different devices"
     if not getattr(module, "cast_input_dtype_enabled", True):
@@ -134,7 +147,7 @@ def plan(model: nn.Module) -> list[Change]:
             changes.append(Change(name, was, reason=reason))
         else:
             swapped = Change(name, was, "lora_linear")
-            swapped.apply, swapped.revert = _swap(module, LoraLinear), _swap(module, lora.Linear)
+            swapped.apply, swapped.revert = _swap(module), _swap_back(module)
             changes.append(swapped)
     return changes
 
@@ -149,8 +162,16 @@ def _why_not_module(module: nn.Module) -> str | None:
     return None
 
 
-def _swap(module: nn.Module, cls: type[nn.Module]) -> Any:
+def _swap(module: nn.Module) -> Callable[[], None]:
     def swap() -> None:
-        module.__class__ = cls
+        module.__class__ = LoraLinear
 
     return swap
+
+
+def _swap_back(module: nn.Module) -> Callable[[], None]:
+    def swap_back() -> None:
+        if type(module) is LoraLinear:
+            module.__class__ = lora.Linear
+
+    return swap_back

@@ -15,14 +15,15 @@ class Change:
         was: what computed it before.
         now: what computes it from here on; None when it stays as it was.
         reason: why it stays as it was; None when it was replaced.
-        apply, revert: how to replace it, and how to restore the exact object.
+        apply: replaces it; returns the reason where that turned out not to be possible.
+        revert: restores the exact object, unless somebody else has changed it since.
     """
 
     module: str
     was: str
     now: str | None = None
     reason: str | None = None
-    apply: Callable[[], None] = field(default=lambda: None, repr=False)
+    apply: Callable[[], str | None] = field(default=lambda: None, repr=False)
     revert: Callable[[], None] = field(default=lambda: None, repr=False)
 
 
@@ -50,7 +51,10 @@ class Report:
         return [change for change in self.changes if change.now is None]
 
     def undo(self) -> None:
-        """Restore the exact original classes and settings. Doing it twice does nothing."""
+        """Restore the exact original classes and settings. Doing it twice does nothing.
+
+        What somebody else has changed since stays as they left it.
+        """
         if not self._applied:
             return
         for change in reversed(self.replaced):
@@ -62,13 +66,9 @@ class Report:
         if not self.changes:
             return f"lwft_kernels.accelerate: nothing to replace ({found})"
         header = ("module", "was", "now, or why not")
-        rows = [
-            (c.module, c.was, c.now if c.now is not None else f"unchanged: {c.reason}") for c in self.changes
-        ]
+        rows = [(c.module, c.was, c.now if c.now is not None else f"unchanged: {c.reason}") for c in self.changes]
         widths = [max(len(row[i]) for row in (header, *rows)) for i in (0, 1)]
-        lines = [
-            "  ".join((row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2])) for row in (header, *rows)
-        ]
+        lines = ["  ".join((row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2])) for row in (header, *rows)]
         lines.insert(1, "-" * max(map(len, lines)))
         lines.append(f"{len(self.replaced)} of {len(self.changes)} replaced ({found})")
         return "\n".join(lines)

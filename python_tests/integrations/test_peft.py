@@ -11,6 +11,9 @@ from oracle import assert_accurate
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import lwft_kernels
 from lwft_kernels import dropout
@@ -124,7 +127,20 @@ def other_base(model):
     model.base_model.model.first.base_layer.__class__ = Doubled
 
 
-@pytest.mark.parametrize("change", [trained_base, hooked_base, other_base])
+def hook_whose_result_backward_needs(model):
+    model.base_model.model.first.base_layer.register_forward_hook(lambda m, i, out: torch.sigmoid(out))
+
+
+def transposed_base(model):
+    layer = model.base_model.model.first
+    transposed = Conv1D(20, WIDTH).requires_grad_(False)
+    transposed.weight.data.copy_(layer.base_layer.weight.T)
+    layer.base_layer, layer.fan_in_fan_out = transposed, True
+
+
+@pytest.mark.parametrize(
+    "change", [trained_base, hooked_base, hook_whose_result_backward_needs, other_base, transposed_base]
+)
 def test_a_base_that_must_be_called(change):
     model, x = build(), torch.randn(5, WIDTH)
     change(model)
@@ -133,6 +149,15 @@ def test_a_base_that_must_be_called(change):
     lwft_kernels.accelerate(model)
     assert_accurate(outputs_and_gradients(model, x), theirs, oracle)
     assert lwft_kernels.stats()["lora_delta_"]["fast"] == 1
+
+
+def test_a_result_that_a_hook_has_kept_is_not_written_to():
+    model, x, kept = build(), torch.randn(5, WIDTH), []
+    model.base_model.model.first.base_layer.register_forward_hook(lambda m, i, out: kept.append(out))
+    model(x)
+    lwft_kernels.accelerate(model)
+    model(x)
+    assert torch.equal(kept[0], kept[1]) and lwft_kernels.stats()["lora_delta_"]["fast"] == 1
 
 
 def disabled(model):
@@ -180,6 +205,56 @@ def test_what_it_declines_is_peft_to_the_bit(options, change, words):
     assert type(layer) is LoraLinear
     assert torch.equal(layer(x), expected)
     assert any(words in reason for reason in reasons()), reasons()
+
+
+def test_adapters_of_two_dtypes_are_peft_to_the_bit():
+    model, x = build().eval(), torch.randn(5, WIDTH)
+    layer = model.base_model.model.first
+    layer.lora_B["default"].to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = layer(x)
+        lwft_kernels.accelerate(model)
+        assert torch.equal(layer(x), expected)
+    assert reasons() == {"lora_A and lora_B differ in dtype": 1}
+
+
+def test_transforms_go_to_peft():
+    model, x = build().eval(), torch.randn(5, WIDTH)
+
+    def loss(x):
+        return model(x).square().sum()
+
+    expected = torch.func.grad(loss)(x)
+    lwft_kernels.accelerate(model)
+    assert torch.equal(torch.func.grad(loss)(x), expected)
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    torch.testing.assert_close(tangent, expected.sum(), rtol=1e-4, atol=1e-3)
+    assert fast() == 0
+
+
+def test_undo_leaves_what_others_have_put_there():
+    model = build()
+    report, layer = lwft_kernels.accelerate(model), model.base_model.model.first
+
+    class Theirs(LoraLinear):
+        pass
+
+    layer.__class__ = Theirs
+    report.undo()
+    assert type(layer) is Theirs and type(model.base_model.model.second) is lora.Linear
+
+
+def test_gradient_checkpointing_draws_the_same_dropout():
+    model, x = build(lora_dropout=0.4), torch.randn(5, WIDTH)
+    lwft_kernels.accelerate(model)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    results = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        torch.manual_seed(7)
+        out = run(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), wanted)])
+    assert all(torch.equal(plain, again) for plain, again in zip(*results, strict=True))
 
 
 def test_mixed_batch_is_declined():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 import transformers
 from oracle import assert_accurate
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import lwft_kernels
+from lwft_kernels.integrations.transformers import attention_forward
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -57,9 +60,7 @@ def build(family):
     if family == "mistral":
         return t.MistralForCausalLM(t.MistralConfig(**GROUPED, sliding_window=4))
     if family == "gemma2":
-        config = t.Gemma2Config(
-            **GROUPED, attn_logit_softcapping=0.5, query_pre_attn_scalar=16, sliding_window=4
-        )
+        config = t.Gemma2Config(**GROUPED, attn_logit_softcapping=0.5, query_pre_attn_scalar=16, sliding_window=4)
         return t.Gemma2ForCausalLM(config)
     if family == "t5":
         config = t.T5Config(
@@ -67,10 +68,17 @@ def build(family):
             decoder_start_token_id=0,
         )  # fmt: skip
         return t.T5ForConditionalGeneration(config)
+    if family == "bart":
+        config = t.BartConfig(
+            vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, dropout=0.0,
+            max_position_embeddings=32,
+        )  # fmt: skip
+        return t.BartForConditionalGeneration(config)
     raise KeyError(family)
 
 
-FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama", "qwen2", "mistral", "gemma2", "t5")
+FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama", "qwen2", "mistral", "gemma2", "t5", "bart")
 
 
 def batch(padded):
@@ -135,9 +143,7 @@ def test_undo_restores_everything(family):
 def test_report_names_modules_and_reasons():
     model = nn.ModuleDict({"text": build("bert"), "other": build_bloom(), "head": nn.Linear(3, 3)})
     report = lwft_kernels.explain(model)
-    assert [c.module for c in report.replaced] == [
-        f"text.bert.encoder.layer.{i}.attention.self" for i in range(2)
-    ]
+    assert [c.module for c in report.replaced] == [f"text.bert.encoder.layer.{i}.attention.self" for i in range(2)]
     assert report.replaced[0].was == "BertSelfAttention: sdpa"
     (declined,) = report.declined
     assert declined.module == "other" and "attention interface" in declined.reason
@@ -149,6 +155,175 @@ def test_report_names_modules_and_reasons():
 def build_bloom():
     config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
     return transformers.BloomForCausalLM(config)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_what_others_set_afterwards_stays(family):
+    model = build(family)
+    report = lwft_kernels.accelerate(model)
+    model.set_attn_implementation("eager")
+    report.undo()
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_part_that_cannot_is_named_and_kept():
+    small = {**SMALL, "intermediate_size": 48}
+    encoder = transformers.DebertaV2Model(transformers.DebertaV2Config(**small))
+    config = transformers.BertConfig(**small, is_decoder=True, add_cross_attention=True)
+    decoder = transformers.BertLMHeadModel(config)
+    model = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+    ids = batch(False)["input_ids"]
+    expected = model(input_ids=ids, decoder_input_ids=ids).logits
+    before = [c._attn_implementation for c in (model.config, encoder.config, decoder.config)]
+    report = lwft_kernels.accelerate(model)
+    (declined,) = report.declined
+    assert declined.module == "encoder" and "attention interface" in declined.reason
+    assert len(report.replaced) == 4 and encoder.config._attn_implementation == before[1]
+    torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, expected)
+    assert lwft_kernels.stats()["attention"]["fast"] == 4
+    report.undo()
+    assert [c._attn_implementation for c in (model.config, encoder.config, decoder.config)] == before
+
+
+def test_configs_of_parts_are_restored():
+    part = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.CLIPConfig(
+        text_config={**part, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={**part, "image_size": 32, "patch_size": 8},
+    )
+    model = transformers.CLIPModel(config)
+    configs = [config, config.text_config, config.vision_config]
+    before = [c._attn_implementation for c in configs]
+    report = lwft_kernels.accelerate(model)
+    assert [c._attn_implementation for c in configs] == ["lwft"] * 3 and len(report.replaced) == 2
+    report.undo()
+    assert [c._attn_implementation for c in configs] == before
+
+
+def test_models_that_know_sdpa_by_name_are_refused():
+    # they hand the positions to attend to over to functions of other names, and SDPA would ignore them
+    config = transformers.GlmMoeDsaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=16, index_topk=3, index_n_heads=2, index_head_dim=16, n_group=1, topk_group=1,
+    )  # fmt: skip
+    model = transformers.GlmMoeDsaForCausalLM(config).eval()
+    inputs = {"input_ids": batch(False)["input_ids"], "use_cache": False}
+    expected = model(**inputs).logits
+    report = lwft_kernels.accelerate(model)
+    assert not report.replaced and "not called sdpa" in report.declined[0].reason
+    assert torch.equal(model(**inputs).logits, expected)
+    q = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(NotImplementedError, match="block_indices"):
+        attention_forward(nn.Module(), q, q, q, None, block_indices=torch.zeros(1))
+
+
+def test_what_was_chosen_by_hand_is_kept():
+    model = build("llama")
+    model.set_attn_implementation("flex_attention")
+    report = lwft_kernels.accelerate(model)
+    assert not report.replaced and "flex_attention was chosen by hand" in report.declined[0].reason
+    assert model.config._attn_implementation == "flex_attention"
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_output_attentions_go_to_the_library(family):
+    model = build(family).eval()
+    model.set_attn_implementation("eager")
+    ids = batch(False)["input_ids"]
+    expected = model(ids, output_attentions=True).attentions
+    lwft_kernels.accelerate(model)
+    matrices = model(ids, output_attentions=True).attentions
+    assert len(matrices) == len(expected) == 2
+    for ours, theirs in zip(matrices, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert list(lwft_kernels.stats()) == ["transformers attention"]
+
+
+@pytest.mark.parametrize("form", ["bool", "float", "per head", "integer"])
+def test_masks_of_the_users_own(form):
+    model, ids = build("bert").eval(), batch(False)["input_ids"]
+    allowed = torch.rand(BATCH, 4 if form == "per head" else 1, LENGTH, LENGTH) < 0.6
+    allowed |= torch.eye(LENGTH, dtype=torch.bool)
+    mask = allowed if form in ("bool", "per head") else torch.where(allowed, torch.randn(allowed.shape), -1e4)
+    if form == "integer":  # what SDPA refuses is refused still
+        mask = mask.to(torch.int64)
+        lwft_kernels.accelerate(model)
+        with pytest.raises(RuntimeError, match="attn_mask"):
+            model(ids, attention_mask=mask)
+        return
+    theirs = model(ids, attention_mask=mask).logits
+    wide = mask if mask.dtype == torch.bool else mask.double()
+    oracle = copy.deepcopy(model).double()(ids, attention_mask=wide).logits
+    lwft_kernels.accelerate(model)
+    ours = model(ids, attention_mask=mask).logits
+    assert_accurate({"logits": ours}, {"logits": theirs}, {"logits": oracle})
+    assert list(lwft_kernels.stats()) == ["attention"]
+
+
+class Layer(nn.Module):
+    """What an attention function looks at in the module that calls it."""
+
+    num_key_value_groups = 2
+
+    def __init__(self, is_causal):
+        super().__init__()
+        self.is_causal = is_causal
+
+
+@pytest.mark.parametrize("queries,keys", [(5, 5), (5, 9), (1, 9), (9, 5)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize("module_causal,kwarg", [(True, None), (False, None), (True, False), (False, True)])
+def test_the_function_is_transformers_sdpa(queries, keys, bias, mask, module_causal, kwarg):
+    def tensor(*shape):
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    q, k, v = tensor(2, queries, 4, 8), tensor(2, keys, 2, 8), tensor(2, keys, 2, 8)
+    position_bias = tensor(1, 4, queries, keys) if bias else None
+    attention_mask = None
+    if mask is not None:
+        attention_mask = torch.rand(2, 1, queries, keys) < 0.7
+        attention_mask[..., 0] = True
+    if mask == "float":
+        attention_mask = attention_mask.double().log().clamp(min=-1e9)
+    leaves = [t for t in (q, k, v, position_bias) if t is not None]
+    results = []
+    for function in (sdpa_attention_forward, attention_forward):
+        out, weights = function(
+            Layer(module_causal), *(t.transpose(1, 2) for t in (q, k, v)), attention_mask, scaling=0.3,
+            is_causal=kwarg, position_bias=position_bias,
+        )  # fmt: skip
+        assert weights is None
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert list(lwft_kernels.stats()) == ["attention"]
+
+
+def test_prefix_tuning_of_peft():
+    for family, task in (("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")):
+        config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3)
+        model, inputs = peft.get_peft_model(build(family), config).eval(), batch(True)
+        theirs = loss_and_gradients(model, inputs)
+        report = lwft_kernels.accelerate(model)
+        ours = loss_and_gradients(model, inputs)
+        assert report.replaced and ours.keys() == theirs.keys() and len(ours) > 1
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name])
+
+
+def test_transforms_go_to_the_library():
+    model = build("bert").eval()
+    words = model.get_input_embeddings()(batch(False)["input_ids"]).detach()
+
+    def loss(words):
+        return model(inputs_embeds=words).logits.square().sum()
+
+    expected = torch.func.grad(loss)(words)
+    lwft_kernels.accelerate(model)
+    torch.testing.assert_close(torch.func.grad(loss)(words), expected)
+    assert list(lwft_kernels.stats()) == ["transformers attention"]
 
 
 def test_a_second_call_finds_nothing_new():
@@ -253,5 +428,5 @@ def test_compiles_without_a_graph_break():
 
 
 def test_not_a_module():
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match="model must be a torch"):
         lwft_kernels.accelerate("bert")

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from oracle import check_op
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import lwft_kernels
@@ -186,6 +187,11 @@ def test_what_is_not_supported_says_so():
         grad.sum().backward()
     with pytest.raises(NotImplementedError, match=r"torch\.func"):
         torch.func.grad(lambda t: LF.add_layer_norm(t, u).sum())(x)
+    for mode in (torch.no_grad, torch.enable_grad):  # without gradients the tangent would be lost silently
+        with mode(), forward_ad.dual_level():
+            assert torch.equal(LF.add_layer_norm(x, u), LF.add_layer_norm(x.detach(), u))
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                LF.add_layer_norm(forward_ad.make_dual(x.detach(), u), u)
 
 
 @pytest.mark.parametrize(
