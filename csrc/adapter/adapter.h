@@ -25,10 +25,9 @@ struct AdapterForward {
   const void* up_weight;  // (model_dim, bottleneck) contiguous
   const void* up_bias;    // (model_dim) or null
   double scale;
-  Dropout dropout;  // row = token, col = feature of the (tokens, model_dim) branch
-  const int64_t*
-      device_seed;  // CUDA: (seed, offset) in device memory, to stand for those of dropout; null on the CPU
-  const void* residual;  // (tokens, model_dim), or null for none; may be x itself
+  Dropout dropout;             // row = token, col = feature of the (tokens, model_dim) branch
+  const int64_t* device_seed;  // CUDA: (seed, offset) in device memory, to stand for those of dropout; null on the CPU
+  const void* residual;        // (tokens, model_dim), or null for none; may be x itself
   int64_t residual_row_stride;
   void* out;     // (tokens, model_dim) contiguous
   void* hidden;  // (tokens, bottleneck) contiguous: down(...) + bias before the activation, kept for backward

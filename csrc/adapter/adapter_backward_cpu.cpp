@@ -21,6 +21,8 @@ namespace {
 
 // What is kept between the passes is bounded by this, whatever the number of tokens: (kChunkTokens, bottleneck) twice.
 constexpr int64_t kChunkTokens = 2048;
+// Tokens at a time in the second pass: one block of the sum over tokens.
+constexpr int64_t kTokenBlock = 256;
 
 template <class E>
 class Backward {
@@ -37,9 +39,7 @@ class Backward {
         sums_wanted_(p.ddown_weight != nullptr || p.dnorm_weight != nullptr),
         down_wanted_(sums_wanted_ || p.dnorm_bias != nullptr),
         dz_wanted_(p.dx != nullptr || down_wanted_ || p.ddown_bias != nullptr),
-        dz_stride_(buffer_stride<E>(units<E>(m_))),
-        h_stride_(kIsPair<E> ? dz_stride_ : padded<T>(m_)),
-        sum_stride_(padded<T>(m_)),
+        row_stride_(buffer_stride<T>(m_)),
         norm_weight_(normed_ ? parameter_row(p.param_dtype, p.norm_weight, d_, T{1}, scratch_) : nullptr),
         norm_bias_(normed_ ? parameter_row(p.param_dtype, p.norm_bias, d_, T{0}, scratch_) : nullptr),
         up_(p.param_dtype, p.up_weight, m_, 1, few_ || !dz_wanted_ ? 0 : d_, m_, scratch_),
@@ -47,17 +47,19 @@ class Backward {
 
   void run() {
     const int64_t chunks = ceil_div(p_.tokens, kChunkTokens);
-    const int64_t chunk_tokens = chunks > 1 ? round_up(ceil_div(p_.tokens, chunks), kKBlock) : p_.tokens;
+    const int64_t chunk_tokens = chunks > 1 ? round_up(ceil_div(p_.tokens, chunks), kTokenBlock) : p_.tokens;
     tiles_ = token_tiles<T>(chunk_tokens, d_);
+    tiles_.rows = round_up(tiles_.rows, kUnit<E>);
     if (few_) tiles_ = {p_.tokens, p_.tokens, p_.tokens > 0 ? 1 : 0};
-    dz_ = scratch_.take<E>(dz_wanted_ ? chunk_tokens * dz_stride_ : 0);
-    h_ = scratch_.take<E>(up_wanted_ ? chunk_tokens * h_stride_ : 0);
-    tile_sums_ = scratch_.take<T>(dz_wanted_ ? tiles_.count * sum_stride_ : 0);
-    ddown_bias_ = scratch_.take<T>(sum_stride_);
-    for (int64_t k = 0; k < sum_stride_; ++k) ddown_bias_[k] = T{0};
+    chunk_units_ = units<E>(chunk_tokens);
+    dz_ = scratch_.take<E>(sums_wanted_ ? panel_size<E>(chunk_units_, m_) : 0);
+    h_ = scratch_.take<E>(up_wanted_ ? panel_size<E>(chunk_units_, m_) : 0);
+    tile_sums_ = scratch_.take<T>(dz_wanted_ ? (tiles_.count + 1) * row_stride_ : 0);
+    ddown_bias_ = scratch_.take<T>(row_stride_);
+    for (int64_t k = 0; k < m_; ++k) ddown_bias_[k] = T{0};
     dup_bias_ = scratch_.take<T>(up_wanted_ ? padded<T>(d_) : 0);
     if (chunks > 1) {
-      dup_ = scratch_.take<T>(up_wanted_ ? d_ * sum_stride_ : 0);
+      dup_ = scratch_.take<T>(up_wanted_ ? d_ * row_stride_ : 0);
       ddown_ = scratch_.take<T>(sums_wanted_ ? slices() * kBlockColumns * m_ : 0);
     }
     pack(up_, down_);
@@ -87,47 +89,70 @@ class Backward {
       parallel_for(tiles_.count, [&](int64_t tile) { token_tile(tile); });
     }
     for (int64_t tile = 0; dz_wanted_ && tile < tiles_.count; ++tile) {
-      for (int64_t k = 0; k < m_; ++k) ddown_bias_[k] += tile_sums_[tile * sum_stride_ + k];
+      for (int64_t k = 0; k < m_; ++k) ddown_bias_[k] += tile_sums_[tile * row_stride_ + k];
     }
   }
 
   void token_tile(int64_t tile) {
+    if (!up_wanted_ && !dz_wanted_) return;
     const int64_t begin = tiles_.begin(tile), rows = tiles_.size(tile);
     Scratch scratch;
-    // G Wu, which becomes dZ: in the place of dZ, if that is of the same type
-    T* product = nullptr;
-    int64_t stride = dz_stride_;
-    if constexpr (kIsPair<E>) {
-      stride = sum_stride_;
-      product = scratch.take<T>(dz_wanted_ ? rows * stride : 0);
-    } else {
-      product = dz_ + begin * dz_stride_;
-    }
-    if (dz_wanted_) times_up_weight(begin, rows, product, stride);
-    activation_rows(begin, rows, product, stride);
-    if (dz_wanted_) column_sums(product, rows, stride, m_, tile_sums_ + tile * sum_stride_);
+    T* h = scratch.take<T>(up_wanted_ ? rows * row_stride_ : 0);
+    T* dz = scratch.take<T>(dz_wanted_ ? rows * row_stride_ : 0);
+    if (dz_wanted_) times_up_weight(begin, rows, dz);
+    activation_rows(begin, rows, h, dz);
+    if (up_wanted_) keep_rows(h, begin, rows, h_);
+    if (sums_wanted_) keep_rows(dz, begin, rows, dz_);
+    if (dz_wanted_) column_sums(dz, rows, row_stride_, m_, tile_sums_ + tile * row_stride_);
     if (p_.dx == nullptr) return;
+    const Tile<E> operand = operand_rows(dz, rows, scratch);
     if (normed_) {
-      input_gradient_with_norm(begin, rows);
+      input_gradient_with_norm(begin, rows, operand);
     } else {
-      input_gradient(begin, rows);
+      input_gradient(begin, rows, operand);
     }
   }
 
-  void times_up_weight(int64_t begin, int64_t rows, T* product, int64_t stride) const {
+  // dZ as a left-hand side.
+  Tile<E> operand_rows(const T* dz, int64_t rows, Scratch& scratch) const {
+    if constexpr (kIsPair<E>) {
+      const int64_t stride = buffer_stride<E>(units<E>(m_));
+      E* buffer = scratch.take<E>(rows * stride);
+      for (int64_t i = 0; i < rows; ++i) store_operand(dz + i * row_stride_, m_, buffer + i * stride);
+      return {buffer, stride};
+    } else {
+      return {dz, row_stride_};
+    }
+  }
+
+  // Where the chunk's H or dZ has the row of `token` and the columns from `column` on; the second pass reads them as
+  // panels, whose k is the token. `column` is a multiple of kPanelColumns<E>, `token` of kUnit<E>.
+  E* kept(E* panels, int64_t token, int64_t column) const {
+    const int64_t width = padded<E>(minimum(kPanelColumns<E>, m_ - column));
+    return panels + column * chunk_units_ + token / kUnit<E> * width;
+  }
+
+  void keep_rows(const T* rows, int64_t begin, int64_t count, E* panels) const {
+    for (int64_t k = 0; k < m_; k += kPanelColumns<E>) {
+      pack_operand(dtype_of<T>(), rows + k, row_stride_, 1, count, minimum(kPanelColumns<E>, m_ - k),
+                   kept(panels, begin, k));
+    }
+  }
+
+  // G Wu
+  void times_up_weight(int64_t begin, int64_t rows, T* product) const {
     Scratch scratch;
     const Tile<E> g = gradient_rows(begin, rows, scratch);
     if constexpr (!kIsPair<E>) {
       if (few_) {
         for_column_slices(m_, d_, [&](int64_t from, int64_t to) {
           combine_rows(rows, to - from, d_, g.data, g.row_stride, p_.param_dtype,
-                       element(p_.param_dtype, p_.up_weight, from), m_, product + from, stride,
-                       Mode::overwrite);
+                       element(p_.param_dtype, p_.up_weight, from), m_, product + from, row_stride_, Mode::overwrite);
         });
         return;
       }
     }
-    gemm(rows, m_, units<E>(d_), g.data, g.row_stride, 1, up_.panels(), product, stride, Mode::overwrite);
+    gemm(rows, m_, units<E>(d_), g.data, g.row_stride, 1, up_.panels(), product, row_stride_, Mode::overwrite);
   }
 
   // Rows of G as E: grad_out where it lies, if that is the same.
@@ -153,39 +178,34 @@ class Backward {
     if (p_.dropout.active()) dropout_row(p_.dropout, token, j, n, row);
   }
 
-  // H = act(Z) and dZ = scale (G Wu) * act'(Z), given the product.
-  void activation_rows(int64_t begin, int64_t rows, T* product, int64_t stride) const {
-    if (!up_wanted_ && !dz_wanted_) return;
+  // H = act(Z) and dZ = scale (G Wu) * act'(Z); dz holds the product.
+  void activation_rows(int64_t begin, int64_t rows, T* h, T* dz) const {
     Scratch scratch;
     T* converted = scratch.take<T>(m_);
-    T* h_row = scratch.take<T>(sum_stride_);
     const Vec<T> scale = broadcast(static_cast<T>(p_.scale));
     visit_activation(p_.activation, [&](auto activation) {
       for (int64_t i = 0; i < rows; ++i) {
         const T* z = view_row(p_.param_dtype, p_.hidden, (chunk_ + begin + i) * m_, m_, converted);
-        T* dz = product + i * stride;
-        if constexpr (!kIsPair<E>) h_row = h_ + (begin + i) * h_stride_;
         for (int64_t k = 0; k < m_; k += kLanes<T>) {
+          const int64_t at = i * row_stride_ + k;
           Vec<T> value, slope;
           activate<activation()>(load_columns(z, k, m_), value, slope);
-          if (up_wanted_) store(h_row + k, value);
-          if (dz_wanted_) store_columns(dz, k, m_, load_columns(dz, k, m_) * slope * scale);
+          if (up_wanted_) store(h + at, value);
+          if (dz_wanted_) store(dz + at, load(dz + at) * slope * scale);
         }
-        if (up_wanted_) store_operand(h_row, m_, h_ + (begin + i) * h_stride_);
-        if (dz_wanted_) store_operand(dz, m_, dz_ + (begin + i) * dz_stride_);
       }
     });
   }
 
   // dx = dZ Wd (+ grad_out), a block of columns at a time.
-  void input_gradient(int64_t begin, int64_t rows) const {
+  void input_gradient(int64_t begin, int64_t rows, const Tile<E>& dz) const {
     const auto blocks = [&](int64_t from, int64_t to) {
       Scratch scratch;
       T* block = scratch.take<T>(rows * kBlockColumns);
       T* converted = scratch.take<T>(kBlockColumns);
       for (int64_t j = from; j < to; j += kBlockColumns) {
         const int64_t columns = minimum(kBlockColumns, to - j);
-        times_down_weight(begin, rows, j, columns, block, kBlockColumns);
+        times_down_weight(dz, rows, j, columns, block, kBlockColumns);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t token = chunk_ + begin + i;
           store_input_gradient(token, j, columns, block + i * kBlockColumns, converted);
@@ -200,17 +220,16 @@ class Backward {
   }
 
   // With g = dN w: dx = rstd (g - mean(g) - n mean(g n)) (+ grad_out).
-  void input_gradient_with_norm(int64_t begin, int64_t rows) const {
+  void input_gradient_with_norm(int64_t begin, int64_t rows, const Tile<E>& dz) const {
     Scratch scratch;
     const int64_t stride = buffer_stride<T>(d_);
     T* dn = scratch.take<T>(rows * stride);
     T* n = scratch.take<T>(padded<T>(d_));
     if (few_) {
-      for_column_slices(d_, m_, [&](int64_t from, int64_t to) {
-        times_down_weight(begin, rows, from, to - from, dn + from, stride);
-      });
+      for_column_slices(
+          d_, m_, [&](int64_t from, int64_t to) { times_down_weight(dz, rows, from, to - from, dn + from, stride); });
     } else {
-      times_down_weight(begin, rows, 0, d_, dn, stride);
+      times_down_weight(dz, rows, 0, d_, dn, stride);
     }
     const T width = static_cast<T>(d_);
     for (int64_t i = 0; i < rows; ++i) {
@@ -222,8 +241,7 @@ class Backward {
       }
       const T mean_g = sum_columns<T>(d_, [&](int64_t j) { return load_columns(row, j, d_); }) / width;
       const T mean_gn =
-          sum_columns<T>(d_, [&](int64_t j) { return load_columns(row, j, d_) * load_columns(n, j, d_); }) /
-          width;
+          sum_columns<T>(d_, [&](int64_t j) { return load_columns(row, j, d_) * load_columns(n, j, d_); }) / width;
       const T rstd = static_cast<const T*>(p_.rstd)[token];
       for (int64_t j = 0; j < d_; j += kLanes<T>) {
         const Vec<T> g = load_columns(row, j, d_), normalised = load_columns(n, j, d_);
@@ -234,17 +252,15 @@ class Backward {
   }
 
   // The columns from j on of dZ Wd.
-  void times_down_weight(int64_t begin, int64_t rows, int64_t j, int64_t columns, T* result,
-                         int64_t stride) const {
-    const E* dz = dz_ + begin * dz_stride_;
+  void times_down_weight(const Tile<E>& dz, int64_t rows, int64_t j, int64_t columns, T* result, int64_t stride) const {
     if constexpr (!kIsPair<E>) {
       if (few_) {
-        combine_rows(rows, columns, m_, dz, dz_stride_, p_.param_dtype,
+        combine_rows(rows, columns, m_, dz.data, dz.row_stride, p_.param_dtype,
                      element(p_.param_dtype, p_.down_weight, j), d_, result, stride, Mode::overwrite);
         return;
       }
     }
-    gemm(rows, columns, units<E>(m_), dz, dz_stride_, 1, down_.panels(j), result, stride, Mode::overwrite);
+    gemm(rows, columns, units<E>(m_), dz.data, dz.row_stride, 1, down_.panels(j), result, stride, Mode::overwrite);
   }
 
   // n = (x - mean) rstd, columns j0 .. j0 + count.
@@ -261,8 +277,7 @@ class Backward {
     const int64_t at = token * d_ + j0;
     T* dx = p_.dtype == dtype_of<T>() ? static_cast<T*>(p_.dx) + at : row;
     if (p_.residual_is_x) {
-      const T* grad_out =
-          view_row(p_.dtype, p_.grad_out, token * p_.grad_out_row_stride + j0, count, converted);
+      const T* grad_out = view_row(p_.dtype, p_.grad_out, token * p_.grad_out_row_stride + j0, count, converted);
       for (int64_t j = 0; j < count; j += kLanes<T>) {
         store_columns(dx, j, count, load_columns(row, j, count) + load_columns(grad_out, j, count));
       }
@@ -283,12 +298,11 @@ class Backward {
       const int64_t j = task / kinds * kBlockColumns, columns = minimum(kBlockColumns, d_ - j);
       Scratch scratch;
       if (up_wanted_ && task % kinds == 0) {
-        T* sums = dup_ != nullptr ? dup_ + j * sum_stride_ : scratch.take<T>(columns * sum_stride_);
+        T* sums = dup_ != nullptr ? dup_ + j * row_stride_ : scratch.take<T>(columns * row_stride_);
         add_up_slice(j, columns, sums);
         if (last_) store_up_slice(j, columns, sums);
       } else {
-        T* sums =
-            ddown_ != nullptr ? ddown_ + j * m_ : scratch.take<T>(sums_wanted_ ? kBlockColumns * m_ : 0);
+        T* sums = ddown_ != nullptr ? ddown_ + j * m_ : scratch.take<T>(sums_wanted_ ? kBlockColumns * m_ : 0);
         if (sums_wanted_) add_down_slice(j, columns, sums);
         if (last_) store_down_slice(j, columns, sums);
       }
@@ -297,42 +311,43 @@ class Backward {
 
   // Rows j .. of G^T H into dup_sums, and the sums of G's columns.
   void add_up_slice(int64_t j, int64_t columns, T* dup_sums) const {
-    constexpr int64_t kStride = buffer_stride<T>(kBlockColumns);
     Scratch scratch;
-    T* g = scratch.take<T>(kKBlock * kStride);
-    T* sums = scratch.take<T>(kStride);
-    E* g_panels = scratch.take<E>(kIsPair<E> ? panel_size<E>(units<E>(kKBlock), kBlockColumns) : 0);
-    E* h_panels = scratch.take<E>(panel_size<E>(units<E>(kKBlock), m_));
-    if (first_) {
-      for (int64_t i = 0; i < columns; ++i) dup_bias_[j + i] = T{0};
-    }
-    for (int64_t t = 0; t < chunk_size_ || (first_ && t == 0); t += kKBlock) {
-      const int64_t depth = minimum(kKBlock, chunk_size_ - t);
-      for (int64_t i = 0; i < depth; ++i) gradient_row(chunk_ + t + i, j, columns, g + i * kStride);
-      column_sums(g, depth, kStride, columns, sums);
+    E* g = scratch.take<E>(panel_size<E>(units<E>(kTokenBlock), kBlockColumns));
+    T* dropped = scratch.take<T>(p_.dropout.active() ? kTokenBlock * kBlockColumns : 0);
+    T* sums = scratch.take<T>(kBlockColumns);
+    for (int64_t i = 0; first_ && i < columns; ++i) dup_bias_[j + i] = T{0};
+    for (int64_t t = 0; t < chunk_size_ || (first_ && t == 0); t += kTokenBlock) {
+      const int64_t tokens = minimum(kTokenBlock, chunk_size_ - t), depth = units<E>(tokens), token = chunk_ + t;
+      if (p_.dropout.active()) {
+        for (int64_t i = 0; i < tokens; ++i) gradient_row(token + i, j, columns, dropped + i * kBlockColumns);
+        pack_operand(dtype_of<T>(), dropped, kBlockColumns, 1, tokens, columns, g);
+      } else {
+        pack_operand(p_.dtype, element(p_.dtype, p_.grad_out, token * p_.grad_out_row_stride + j),
+                     p_.grad_out_row_stride, 1, tokens, columns, g);
+      }
+      panel_sums(g, depth, columns, sums);
       for (int64_t i = 0; i < columns; ++i) dup_bias_[j + i] += sums[i];
       const Mode mode = first_ && t == 0 ? Mode::overwrite : Mode::accumulate;
-      const E* h = h_ + t * h_stride_;
-      if constexpr (kIsPair<E>) {
-        pack_pair_panels(DType::f32, g, kStride, 1, depth, columns, g_panels);
-        pack_pair_panels(DType::bf16, h, 2 * h_stride_, 1, depth, m_, h_panels);
-        gemm_transposed(columns, m_, depth, g_panels, h_panels, dup_sums, sum_stride_, mode);
-      } else {
-        // rows of one panel's width are a panel as they lie
-        if (m_ > kPanelColumns<T>) pack_panels(dtype_of<T>(), h, h_stride_, 1, depth, m_, h_panels);
-        gemm(columns, m_, depth, g, 1, kStride, m_ > kPanelColumns<T> ? h_panels : h, dup_sums, sum_stride_,
-             mode);
+      for (int64_t i = 0; i < columns; i += kPanelColumns<E>) {
+        const int64_t rows = minimum(kPanelColumns<E>, columns - i);
+        for (int64_t k = 0; k < m_; k += kPanelColumns<E>) {
+          gemm(rows, minimum(kPanelColumns<E>, m_ - k), depth, g + i * depth, 1, padded<E>(rows), kept(h_, t, k),
+               dup_sums + i * row_stride_ + k, row_stride_, mode);
+        }
       }
     }
   }
 
-  // C (+)= A^T B, A and B (depth, rows) and (depth, columns) in panels of pairs.
-  static void gemm_transposed(int64_t rows, int64_t columns, int64_t depth, const BFloat16Pair* a,
-                              const BFloat16Pair* b, T* c, int64_t ldc, Mode mode) {
-    for (int64_t i = 0; i < rows; i += kPanelColumns<E>) {
-      const int64_t width = minimum(kPanelColumns<E>, rows - i);
-      gemm(width, columns, pairs(depth), a + i * pairs(depth), 1, padded<E>(width), b, c + i * ldc, ldc,
-           mode);
+  // The sums over k of every column of the panels.
+  static void panel_sums(const E* panels, int64_t depth, int64_t columns, T* sums) {
+    if constexpr (kIsPair<E>) {
+      constexpr E kOnes = {0x3F80, 0x3F80};
+      gemm(1, columns, depth, &kOnes, 0, 0, panels, sums, kBlockColumns, Mode::overwrite);
+    } else {
+      for (int64_t i = 0; i < columns; i += kPanelColumns<E>) {
+        const int64_t count = minimum(kPanelColumns<E>, columns - i);
+        column_sums(panels + i * depth, depth, padded<E>(count), count, sums + i);
+      }
     }
   }
 
@@ -340,7 +355,7 @@ class Backward {
     const Vec<T> scale = broadcast(static_cast<T>(p_.scale));
     for (int64_t i = 0; p_.dup_weight != nullptr && i < columns; ++i) {
       const int64_t at = (j + i) * m_;
-      T* row = dup_sums + i * sum_stride_;
+      T* row = dup_sums + i * row_stride_;
       T* to = p_.param_dtype == dtype_of<T>() ? static_cast<T*>(p_.dup_weight) + at : row;
       for (int64_t k = 0; k < m_; k += kLanes<T>) store_columns(to, k, m_, load(row + k) * scale);
       if (to == row) store_row(p_.param_dtype, row, m_, p_.dup_weight, at);
@@ -354,26 +369,22 @@ class Backward {
   // Columns j .. of D = dZ^T n, or of dZ^T x where there is no LayerNorm.
   void add_down_slice(int64_t j, int64_t columns, T* sums) const {
     Scratch scratch;
-    E* panels = scratch.take<E>(panel_size<E>(units<E>(kKBlock), kBlockColumns));
-    E* dz_panels = scratch.take<E>(kIsPair<E> ? panel_size<E>(units<E>(kKBlock), m_) : 0);
-    T* normalised = scratch.take<T>(normed_ ? kKBlock * kBlockColumns : 0);
-    for (int64_t t = 0; t < chunk_size_ || (first_ && t == 0); t += kKBlock) {
-      const int64_t depth = minimum(kKBlock, chunk_size_ - t), token = chunk_ + t;
+    E* n = scratch.take<E>(panel_size<E>(units<E>(kTokenBlock), kBlockColumns));
+    T* normalised = scratch.take<T>(normed_ ? kTokenBlock * kBlockColumns : 0);
+    for (int64_t t = 0; t < chunk_size_ || (first_ && t == 0); t += kTokenBlock) {
+      const int64_t tokens = minimum(kTokenBlock, chunk_size_ - t), depth = units<E>(tokens), token = chunk_ + t;
       if (normed_) {
-        for (int64_t i = 0; i < depth; ++i)
-          normalised_row(token + i, j, columns, normalised + i * kBlockColumns);
-        pack_operand(dtype_of<T>(), normalised, kBlockColumns, 1, depth, columns, panels);
+        for (int64_t i = 0; i < tokens; ++i) normalised_row(token + i, j, columns, normalised + i * kBlockColumns);
+        pack_operand(dtype_of<T>(), normalised, kBlockColumns, 1, tokens, columns, n);
       } else {
-        pack_operand(p_.dtype, element(p_.dtype, p_.x, token * p_.x_row_stride + j), p_.x_row_stride, 1,
-                     depth, columns, panels);
+        pack_operand(p_.dtype, element(p_.dtype, p_.x, token * p_.x_row_stride + j), p_.x_row_stride, 1, tokens,
+                     columns, n);
       }
       const Mode mode = first_ && t == 0 ? Mode::overwrite : Mode::accumulate;
-      const E* dz = dz_ + t * dz_stride_;
-      if constexpr (kIsPair<E>) {
-        pack_pair_panels(DType::bf16, dz, 2 * dz_stride_, 1, depth, m_, dz_panels);
-        gemm_transposed(m_, columns, depth, dz_panels, panels, sums, kBlockColumns, mode);
-      } else {
-        gemm(m_, columns, depth, dz, 1, dz_stride_, panels, sums, kBlockColumns, mode);
+      for (int64_t k = 0; k < m_; k += kPanelColumns<E>) {
+        const int64_t rows = minimum(kPanelColumns<E>, m_ - k);
+        gemm(rows, columns, depth, kept(dz_, t, k), 1, padded<E>(rows), n, sums + k * kBlockColumns, kBlockColumns,
+             mode);
       }
     }
   }
@@ -382,8 +393,8 @@ class Backward {
     Scratch scratch;
     T* row = scratch.take<T>(kBlockColumns);
     if (p_.dnorm_bias != nullptr) {
-      combine_rows(1, columns, m_, ddown_bias_, sum_stride_, p_.param_dtype,
-                   element(p_.param_dtype, p_.down_weight, j), d_, row, kBlockColumns, Mode::overwrite);
+      combine_rows(1, columns, m_, ddown_bias_, row_stride_, p_.param_dtype, element(p_.param_dtype, p_.down_weight, j),
+                   d_, row, kBlockColumns, Mode::overwrite);
       store_row(p_.param_dtype, row, columns, p_.dnorm_bias, j);
     }
     if (p_.dnorm_weight != nullptr) {
@@ -420,9 +431,8 @@ class Backward {
         for (int part = 0; part < 8; ++part) parts[part] += load_at(i + part);
       }
       for (; i < count; ++i) parts[i % 8] += load_at(i);
-      store_columns(
-          sums, j, columns,
-          ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7])));
+      store_columns(sums, j, columns,
+                    ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7])));
     }
   }
 
@@ -430,8 +440,7 @@ class Backward {
   const int64_t d_, m_;
   const bool few_, normed_;
   const bool up_wanted_, sums_wanted_, down_wanted_, dz_wanted_;
-  const int64_t dz_stride_, h_stride_;  // of E
-  const int64_t sum_stride_;            // of T: rows of bottleneck sums
+  const int64_t row_stride_;  // of rows of `bottleneck` T
   Scratch scratch_;
   const T* norm_weight_;
   const T* norm_bias_;
@@ -441,9 +450,10 @@ class Backward {
   int64_t chunk_ = 0, chunk_size_ = 0;  // its first token, its tokens
   bool first_ = true, last_ = true;
   TokenTiles tiles_{};
-  E* dz_ = nullptr;         // (chunk, bottleneck)
-  E* h_ = nullptr;          // (chunk, bottleneck)
-  T* tile_sums_ = nullptr;  // (tiles, bottleneck): sums of dZ over a tile
+  int64_t chunk_units_ = 0;  // what kept() counts in
+  E* dz_ = nullptr;          // (chunk, bottleneck), in panels
+  E* h_ = nullptr;           // likewise
+  T* tile_sums_ = nullptr;   // (tiles, bottleneck): sums of dZ over a tile
 
   // all of them
   T* ddown_bias_ = nullptr;  // (bottleneck)

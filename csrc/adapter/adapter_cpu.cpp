@@ -15,8 +15,7 @@ class Forward {
       : p_(p),
         d_(p.model_dim),
         m_(p.bottleneck),
-        norm_weight_(p.norm_weight ? parameter_row(p.param_dtype, p.norm_weight, d_, T{1}, scratch_)
-                                   : nullptr),
+        norm_weight_(p.norm_weight ? parameter_row(p.param_dtype, p.norm_weight, d_, T{1}, scratch_) : nullptr),
         norm_bias_(p.norm_weight ? parameter_row(p.param_dtype, p.norm_bias, d_, T{0}, scratch_) : nullptr),
         down_bias_(parameter_row(p.param_dtype, p.down_bias, m_, T{0}, scratch_)),
         up_bias_(parameter_row(p.param_dtype, p.up_bias, d_, T{0}, scratch_)) {}
@@ -37,8 +36,7 @@ class Forward {
     const TokenTiles tiles = token_tiles<T>(p_.tokens, d_);
     parallel_for(tiles.count, [&](int64_t tile) {
       const int64_t begin = tiles.begin(tile), rows = tiles.size(tile);
-      const int64_t z_stride = padded<T>(m_),
-                    h_stride = kIsPair<E> ? buffer_stride<E>(units<E>(m_)) : z_stride;
+      const int64_t z_stride = padded<T>(m_), h_stride = kIsPair<E> ? buffer_stride<E>(units<E>(m_)) : z_stride;
       Scratch scratch;
       const Tile<E> input = input_rows(begin, rows, scratch);
       T* z = scratch.take<T>(rows * z_stride);
@@ -48,8 +46,7 @@ class Forward {
       } else {
         h = z;
       }
-      gemm(rows, m_, units<E>(d_), input.data, input.row_stride, 1, down.panels(), z, z_stride,
-           Mode::overwrite);
+      gemm(rows, m_, units<E>(d_), input.data, input.row_stride, 1, down.panels(), z, z_stride, Mode::overwrite);
       for (int64_t i = 0; i < rows; ++i) {
         bottleneck_row(begin + i, z + i * z_stride);
         store_operand(z + i * z_stride, m_, h + i * h_stride);
@@ -77,8 +74,8 @@ class Forward {
       T y[kFewTokens * kBlockColumns];
       for (int64_t j = begin; j < end; j += kBlockColumns) {
         const int64_t columns = minimum(kBlockColumns, end - j);
-        dot_rows(tokens, columns, m_, z, stride, p_.param_dtype,
-                 element(p_.param_dtype, p_.up_weight, j * m_), m_, y, kBlockColumns, Mode::overwrite);
+        dot_rows(tokens, columns, m_, z, stride, p_.param_dtype, element(p_.param_dtype, p_.up_weight, j * m_), m_, y,
+                 kBlockColumns, Mode::overwrite);
         for (int64_t i = 0; i < tokens; ++i) branch_row(i, j, columns, y + i * kBlockColumns);
       }
     });
@@ -115,8 +112,7 @@ class Forward {
 
   // z += bd, kept for backward; then z = act(z).
   void bottleneck_row(int64_t token, T* z) const {
-    for (int64_t j = 0; j < m_; j += kLanes<T>)
-      store_columns(z, j, m_, load_columns(z, j, m_) + load(down_bias_ + j));
+    for (int64_t j = 0; j < m_; j += kLanes<T>) store_columns(z, j, m_, load_columns(z, j, m_) + load(down_bias_ + j));
     store_row(p_.param_dtype, z, m_, p_.hidden, token * m_);
     visit_activation(p_.activation, [&](auto activation) {
       for (int64_t j = 0; j < m_; j += kLanes<T>) {

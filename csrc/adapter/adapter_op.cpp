@@ -14,11 +14,10 @@ struct ForwardResult {
 };
 
 // Everything of AdapterForward but the dropout, whose seed may lie on the device, and the results it points to.
-ForwardResult fill_forward(AdapterForward& p, const Tensor& x, const Tensor& down_weight,
-                           const MaybeTensor& down_bias, const Tensor& up_weight, const MaybeTensor& up_bias,
-                           const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
-                           const MaybeTensor& residual, int64_t activation, double eps, double scale,
-                           bool residual_is_x) {
+ForwardResult fill_forward(AdapterForward& p, const Tensor& x, const Tensor& down_weight, const MaybeTensor& down_bias,
+                           const Tensor& up_weight, const MaybeTensor& up_bias, const MaybeTensor& norm_weight,
+                           const MaybeTensor& norm_bias, const MaybeTensor& residual, int64_t activation, double eps,
+                           double scale, bool residual_is_x) {
   p.tokens = x.size(0);
   p.model_dim = x.size(1);
   p.bottleneck = down_weight.size(0);
@@ -39,9 +38,8 @@ ForwardResult fill_forward(AdapterForward& p, const Tensor& x, const Tensor& dow
   p.residual_row_stride = residual_is_x ? p.x_row_stride : residual ? residual->stride(0) : 0;
 
   const int64_t normed = norm_weight ? p.tokens : 0;
-  ForwardResult result{
-      empty(x, {p.tokens, p.model_dim}, p.dtype), empty(x, {p.tokens, p.bottleneck}, p.param_dtype),
-      empty(x, {normed}, accumulate_dtype(p.dtype)), empty(x, {normed}, accumulate_dtype(p.dtype))};
+  ForwardResult result{empty(x, {p.tokens, p.model_dim}, p.dtype), empty(x, {p.tokens, p.bottleneck}, p.param_dtype),
+                       empty(x, {normed}, accumulate_dtype(p.dtype)), empty(x, {normed}, accumulate_dtype(p.dtype))};
   p.out = result.out.mutable_data_ptr();
   p.hidden = result.hidden.mutable_data_ptr();
   p.mean = norm_weight ? result.mean.mutable_data_ptr() : nullptr;
@@ -64,8 +62,7 @@ void run_on_cuda(AdapterForward& p, const Tensor& x, const MaybeTensor& seed, do
     p.device_seed = static_cast<const int64_t*>(seed->const_data_ptr());
   }
   const char* reason = adapter_cuda_declines(p);
-  STD_TORCH_CHECK(reason == nullptr,
-                  "lwft_kernels.adapter: the CUDA kernel cannot serve this call: ", reason);
+  STD_TORCH_CHECK(reason == nullptr, "lwft_kernels.adapter: the CUDA kernel cannot serve this call: ", reason);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int error = adapter_forward_cuda(p, current_cuda_stream(x));
   STD_TORCH_CHECK(error == 0, "lwft_kernels.adapter: CUDA error ", error);
@@ -74,27 +71,27 @@ void run_on_cuda(AdapterForward& p, const Tensor& x, const MaybeTensor& seed, do
 
 template <RunForward run>
 std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_forward(
-    const Tensor& x_in, const Tensor& down_weight_in, const MaybeTensor& down_bias_in,
-    const Tensor& up_weight_in, const MaybeTensor& up_bias_in, const MaybeTensor& norm_weight_in,
-    const MaybeTensor& norm_bias_in, const MaybeTensor& residual_in, const MaybeTensor& seed,
-    int64_t activation, double eps, double scale, double dropout_p, bool residual_is_x) {
+    const Tensor& x_in, const Tensor& down_weight_in, const MaybeTensor& down_bias_in, const Tensor& up_weight_in,
+    const MaybeTensor& up_bias_in, const MaybeTensor& norm_weight_in, const MaybeTensor& norm_bias_in,
+    const MaybeTensor& residual_in, const MaybeTensor& seed, int64_t activation, double eps, double scale,
+    double dropout_p, bool residual_is_x) {
   const Tensor x = with_unit_rows(x_in);
   const Tensor down_weight = as_contiguous(down_weight_in), up_weight = as_contiguous(up_weight_in);
   const MaybeTensor down_bias = as_contiguous(down_bias_in), up_bias = as_contiguous(up_bias_in);
   const MaybeTensor norm_weight = as_contiguous(norm_weight_in), norm_bias = as_contiguous(norm_bias_in);
   const MaybeTensor residual = with_unit_rows(residual_in);
   AdapterForward p{};
-  ForwardResult result = fill_forward(p, x, down_weight, down_bias, up_weight, up_bias, norm_weight,
-                                      norm_bias, residual, activation, eps, scale, residual_is_x);
+  ForwardResult result = fill_forward(p, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
+                                      residual, activation, eps, scale, residual_is_x);
   run(p, x, seed, dropout_p);
   return {result.out, result.hidden, result.mean, result.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
     const Tensor& grad_in, const Tensor& x_in, const Tensor& down_weight_in, const Tensor& up_weight_in,
-    const MaybeTensor& norm_weight_in, const MaybeTensor& norm_bias_in, const Tensor& hidden_in,
-    const Tensor& mean, const Tensor& rstd, const MaybeTensor& seed, int64_t activation, double scale,
-    double dropout_p, bool residual_is_x, int64_t needs) {
+    const MaybeTensor& norm_weight_in, const MaybeTensor& norm_bias_in, const Tensor& hidden_in, const Tensor& mean,
+    const Tensor& rstd, const MaybeTensor& seed, int64_t activation, double scale, double dropout_p, bool residual_is_x,
+    int64_t needs) {
   const Tensor grad_out = with_unit_rows(grad_in), x = with_unit_rows(x_in);
   const Tensor down_weight = as_contiguous(down_weight_in), up_weight = as_contiguous(up_weight_in);
   const MaybeTensor norm_weight = as_contiguous(norm_weight_in), norm_bias = as_contiguous(norm_bias_in);

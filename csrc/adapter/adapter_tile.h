@@ -112,8 +112,8 @@ inline void store_operand(const SumOf<E>* row, int64_t n, E* to) {
 }
 
 template <class E>
-inline void pack_operand(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k,
-                         int64_t n, E* panels) {
+inline void pack_operand(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
+                         E* panels) {
   if constexpr (kIsPair<E>) {
     pack_pair_panels(dtype, source, row_stride, col_stride, k, n, panels);
   } else {
@@ -123,8 +123,7 @@ inline void pack_operand(DType dtype, const void* source, int64_t row_stride, in
 
 // Rows of a tensor as a left-hand side, where they lie: if not, data is null.
 template <class E>
-inline Tile<E> operand_in_place(DType dtype, const void* base, int64_t offset, int64_t row_stride,
-                                int64_t n) {
+inline Tile<E> operand_in_place(DType dtype, const void* base, int64_t offset, int64_t row_stride, int64_t n) {
   if constexpr (kIsPair<E>) {
     if (dtype == DType::bf16 && n % 2 == 0 && row_stride % 2 == 0) {
       return {static_cast<const E*>(element(dtype, base, offset)), row_stride / 2};
@@ -145,8 +144,7 @@ class PackedWeight {
       : dtype_(dtype), data_(data), row_stride_(row_stride), col_stride_(col_stride), k_(k), n_(n) {
     if constexpr (!kIsPair<E>) {
       // One panel of whole vectors is a row-major matrix: a weight that is one already needs no copy.
-      if (dtype == dtype_of<E>() && col_stride == 1 && row_stride == n && n == padded<E>(n) &&
-          n <= kPanelColumns<E>) {
+      if (dtype == dtype_of<E>() && col_stride == 1 && row_stride == n && n == padded<E>(n) && n <= kPanelColumns<E>) {
         panels_ = static_cast<const E*>(data);
         return;
       }
@@ -154,17 +152,14 @@ class PackedWeight {
     panels_ = copy_ = scratch.take<E>(panel_size<E>(units<E>(k), n));
   }
 
-  int64_t tasks() const {
-    return copy_ == nullptr ? 0 : ceil_div(n_, kPanelColumns<E>) * ceil_div(k_, kDepth);
-  }
+  int64_t tasks() const { return copy_ == nullptr ? 0 : ceil_div(n_, kPanelColumns<E>) * ceil_div(k_, kDepth); }
 
   void pack(int64_t task) const {
     const int64_t depths = ceil_div(k_, kDepth);
     const int64_t j = task / depths * kPanelColumns<E>, l = task % depths * kDepth;
     const int64_t columns = minimum(kPanelColumns<E>, n_ - j);
     pack_operand(dtype_, element(dtype_, data_, l * row_stride_ + j * col_stride_), row_stride_, col_stride_,
-                 minimum(kDepth, k_ - l), columns,
-                 copy_ + j * units<E>(k_) + l / kUnit<E> * padded<E>(columns));
+                 minimum(kDepth, k_ - l), columns, copy_ + j * units<E>(k_) + l / kUnit<E> * padded<E>(columns));
   }
 
   // The panels of the columns from j on; j is a multiple of kPanelColumns<E>.

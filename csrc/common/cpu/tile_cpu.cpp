@@ -48,8 +48,7 @@ struct Product<BFloat16Pair> {
 // C[Rows, Vectors] (+)= A[Rows, k] B[k, Vectors]. Every loop over `sums` must be unrolled in full, or gcc
 // leaves the array on the stack (measured: 38 instead of 110 GFLOP/s).
 template <class T, int Rows, int Vectors>
-void tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, SumOf<T>* c, int64_t ldc,
-          Mode mode) {
+void tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, SumOf<T>* c, int64_t ldc, Mode mode) {
   constexpr int N = kLanes<T>;
   using P = Product<T>;
   using Sum = Vec<SumOf<T>>;
@@ -99,8 +98,8 @@ struct TileTable<T, Vectors, std::integer_sequence<int, Rows...>> {
 // C (+)= A times one panel of `width` columns, by tiles of that width and of about equal height: 8 rows are
 // 4 + 4, not 6 + 2.
 template <class T, int Vectors = kPanelVectors>
-void panel_product(int64_t width, int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_col,
-                   const T* panel, SumOf<T>* c, int64_t ldc, Mode mode) {
+void panel_product(int64_t width, int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panel,
+                   SumOf<T>* c, int64_t ldc, Mode mode) {
   if constexpr (Vectors > 1) {
     if (width < Vectors * kLanes<T>)
       return panel_product<T, Vectors - 1>(width, m, k, a, a_row, a_col, panel, c, ldc, mode);
@@ -117,15 +116,15 @@ void panel_product(int64_t width, int64_t m, int64_t k, const T* a, int64_t a_ro
 }  // namespace
 
 template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels,
-          SumOf<T>* c, int64_t ldc, Mode mode) {
+void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels, SumOf<T>* c,
+          int64_t ldc, Mode mode) {
   if (k == 0 && mode == Mode::overwrite) clear_rows(m, padded<T>(n), c, ldc);
   for (int64_t k0 = 0; k0 < k; k0 += kKBlock) {
     const Mode block_mode = k0 == 0 ? mode : Mode::accumulate;
     for (int64_t j = 0; j < n; j += kPanelColumns<T>) {
       const int64_t width = minimum(kPanelColumns<T>, padded<T>(n - j));
-      panel_product(width, m, minimum(kKBlock, k - k0), a + k0 * a_col, a_row, a_col,
-                    panels + j * k + k0 * width, c + j, ldc, block_mode);
+      panel_product(width, m, minimum(kKBlock, k - k0), a + k0 * a_col, a_row, a_col, panels + j * k + k0 * width,
+                    c + j, ldc, block_mode);
     }
   }
 }
@@ -184,29 +183,38 @@ inline void pack_transposed(const Storage* source, int64_t col_stride, int64_t k
   }
 }
 
+// A panel of `columns` columns from rows that lie as they are.
 template <class T, class Storage>
-inline void pack_typed(const Storage* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
-                       T* panels) {
+inline void pack_rows(const Storage* source, int64_t row_stride, int64_t k, int64_t columns, T* to) {
   constexpr int N = kLanes<T>;
-  for (int64_t j = 0; j < n; j += N) {
-    const int64_t panel_start = j / kPanelColumns<T> * kPanelColumns<T>;
-    const int64_t width = minimum(kPanelColumns<T>, padded<T>(n - panel_start));
-    const int64_t columns = minimum<int64_t>(N, n - j);
-    const Storage* from = source + j * col_stride;
-    T* to = panels + panel_start * k + (j - panel_start);
+  const int64_t width = padded<T>(columns), whole = columns / N * N;
+  for (int64_t l = 0; l < k; ++l) {
+    const Storage* from = source + l * row_stride;
+    for (int64_t j = 0; j < whole; j += N) store(to + l * width + j, load_as<T>(from + j));
+    if (whole < columns) store(to + l * width + whole, load_first_as<T>(from + whole, columns - whole));
+  }
+}
+
+template <class T, class Storage>
+inline void pack_typed(const Storage* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n, T* panels) {
+  constexpr int N = kLanes<T>;
+  for (int64_t first = 0; first < n; first += kPanelColumns<T>) {
+    const int64_t panel_columns = minimum(kPanelColumns<T>, n - first), width = padded<T>(panel_columns);
+    T* panel = panels + first * k;
     if (col_stride == 1) {
-      if (columns == N) {
-        for (int64_t l = 0; l < k; ++l) store(to + l * width, load_as<T>(from + l * row_stride));
-      } else {
-        for (int64_t l = 0; l < k; ++l)
-          store(to + l * width, load_first_as<T>(from + l * row_stride, columns));
+      pack_rows(source + first, row_stride, k, panel_columns, panel);
+      continue;
+    }
+    for (int64_t j = 0; j < panel_columns; j += N) {
+      const int64_t columns = minimum<int64_t>(N, panel_columns - j);
+      const Storage* from = source + (first + j) * col_stride;
+      if (row_stride == 1) {
+        pack_transposed(from, col_stride, k, columns, panel + j, width);
+        continue;
       }
-    } else if (row_stride == 1) {
-      pack_transposed(from, col_stride, k, columns, to, width);
-    } else {
       for (int64_t l = 0; l < k; ++l) {
         for (int64_t i = 0; i < N; ++i) {
-          to[l * width + i] = i < columns ? load_one<T>(from + l * row_stride + i * col_stride) : T{0};
+          panel[l * width + j + i] = i < columns ? load_one<T>(from + l * row_stride + i * col_stride) : T{0};
         }
       }
     }
@@ -216,8 +224,8 @@ inline void pack_typed(const Storage* source, int64_t row_stride, int64_t col_st
 }  // namespace
 
 template <class T>
-void pack_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k,
-                 int64_t n, T* panels) {
+void pack_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
+                 T* panels) {
   visit_storage(dtype, [&](auto storage) {
     pack_typed(static_cast<const decltype(storage)*>(source), row_stride, col_stride, k, n, panels);
   });
@@ -225,71 +233,91 @@ void pack_panels(DType dtype, const void* source, int64_t row_stride, int64_t co
 
 namespace {
 
-using Halves = Lanes<uint16_t, kLanes<float>>;
+// A vector of bfloat16, widened to words; the first `count` elements of a row, zeros after them.
+using Words = Vec<uint32_t>;
 
-// The first `count` elements of a row in bfloat16, zeros after them.
-inline Halves bfloat16_row(const BFloat16* from, int64_t count) {
-  Halves row{};
-  __builtin_memcpy(&row, from, static_cast<size_t>(count) * sizeof(BFloat16));
-  return row;
+inline Words bfloat16_words(const BFloat16* from) {
+  Lanes<uint16_t, kLanes<float>> row;
+  __builtin_memcpy(&row, from, sizeof(row));
+  return __builtin_convertvector(row, Words);
 }
-inline Halves bfloat16_row(const float* from, int64_t count) {
-  return narrow_bfloat16<kLanes<float>>(count == kLanes<float> ? load(from) : load_first(from, count));
+inline Words bfloat16_words(const float* from) {
+  return __builtin_convertvector(narrow_bfloat16<kLanes<float>>(load(from)), Words);
 }
-
 template <class Storage>
-inline BFloat16Pair make_pair(const Storage* first, const Storage* second) {
-  return {bfloat16_row(first, 1)[0], second != nullptr ? bfloat16_row(second, 1)[0] : uint16_t{0}};
+inline Words bfloat16_words(const Storage* from, int64_t count) {
+  Storage row[kLanes<float>] = {};
+  __builtin_memcpy(row, from, static_cast<size_t>(count) * sizeof(Storage));
+  return bfloat16_words(row);
 }
 
-// One vector of columns of a panel of that width.
+inline void store_pairs(BFloat16Pair* to, Words first, Words second) {
+  const Words words = first | (second << 16);
+  __builtin_memcpy(to, &words, sizeof(words));
+}
+
+// A panel of `columns` columns from rows that lie as they are.
 template <class Storage>
-inline void pack_pairs_typed(const Storage* from, int64_t row_stride, int64_t col_stride, int64_t k,
-                             int64_t columns, BFloat16Pair* to, int64_t width) {
+inline void pack_pair_rows(const Storage* source, int64_t row_stride, int64_t k, int64_t columns, BFloat16Pair* to) {
   constexpr int N = kLanes<float>;
-  using Words = Vec<uint32_t>;
-  int64_t l = 0;
-  if (col_stride == 1) {
-    const auto row = [&](int64_t i) { return bfloat16_row(from + i * row_stride, columns); };
-    for (; l < k; l += 2) {
-      const Words first = __builtin_convertvector(row(l), Words);
-      const Words second = l + 1 < k ? __builtin_convertvector(row(l + 1), Words) : Words{};
-      __builtin_memcpy(to + l / 2 * width, &(const Words&)(first | (second << 16)), sizeof(Words));
+  const int64_t width = padded<BFloat16Pair>(columns), whole = columns / N * N;
+  for (int64_t l = 0; l < k; l += 2) {
+    const Storage* first = source + l * row_stride;
+    const Storage* second = first + row_stride;
+    BFloat16Pair* row = to + l / 2 * width;
+    const bool alone = l + 1 == k;
+    for (int64_t j = 0; j < whole; j += N) {
+      store_pairs(row + j, bfloat16_words(first + j), alone ? Words{} : bfloat16_words(second + j));
     }
-    return;
+    if (const int64_t rest = columns - whole; rest > 0) {
+      const Words below = alone ? Words{} : bfloat16_words(second + whole, rest);
+      store_pairs(row + whole, bfloat16_words(first + whole, rest), below);
+    }
   }
-  if (row_stride == 1 && col_stride % 2 == 0 && sizeof(Storage) == 2) {
-    // Pairs lie together already: transpose them as words (which are only moved, whatever number they are).
-    pack_transposed(reinterpret_cast<const float*>(from), col_stride / 2, k / 2, columns,
-                    reinterpret_cast<float*>(to), width);
-    l = k / 2 * 2;
-  }
-  for (; l < k; l += 2) {
-    for (int64_t j = 0; j < N; ++j) {
-      const Storage* first = from + l * row_stride + j * col_stride;
-      const Storage* second = l + 1 < k ? first + row_stride : nullptr;
-      to[l / 2 * width + j] = j < columns ? make_pair(first, second) : BFloat16Pair{0, 0};
+}
+
+template <class Storage>
+inline void pack_pairs_typed(const Storage* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
+                             BFloat16Pair* panels) {
+  constexpr int64_t N = kLanes<BFloat16Pair>, kWidth = kPanelColumns<BFloat16Pair>;
+  for (int64_t start = 0; start < n; start += kWidth) {
+    const int64_t panel_columns = minimum(kWidth, n - start), width = padded<BFloat16Pair>(panel_columns);
+    BFloat16Pair* panel = panels + start * pairs(k);
+    if (col_stride == 1) {
+      pack_pair_rows(source + start, row_stride, k, panel_columns, panel);
+      continue;
+    }
+    for (int64_t j = 0; j < panel_columns; j += N) {
+      const int64_t columns = minimum(N, panel_columns - j);
+      const Storage* from = source + (start + j) * col_stride;
+      BFloat16Pair* to = panel + j;
+      int64_t l = 0;
+      if (row_stride == 1 && col_stride % 2 == 0 && sizeof(Storage) == 2) {
+        // Pairs lie together already: transpose them as words (which are only moved, whatever number they are).
+        pack_transposed(reinterpret_cast<const float*>(from), col_stride / 2, k / 2, columns,
+                        reinterpret_cast<float*>(to), width);
+        l = k / 2 * 2;
+      }
+      for (; l < k; l += 2) {
+        for (int64_t i = 0; i < N; ++i) {
+          const Storage* first = from + l * row_stride + i * col_stride;
+          const uint32_t low = i < columns ? bfloat16_words(first, 1)[0] : 0;
+          const uint32_t high = i < columns && l + 1 < k ? bfloat16_words(first + row_stride, 1)[0] : 0;
+          to[l / 2 * width + i] = {static_cast<uint16_t>(low), static_cast<uint16_t>(high)};
+        }
+      }
     }
   }
 }
 
 }  // namespace
 
-void pack_pair_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k,
-                      int64_t n, BFloat16Pair* panels) {
-  constexpr int64_t N = kLanes<BFloat16Pair>, kWidth = kPanelColumns<BFloat16Pair>;
-  for (int64_t j = 0; j < n; j += N) {
-    const int64_t panel_start = j / kWidth * kWidth;
-    const int64_t width = minimum(kWidth, padded<BFloat16Pair>(n - panel_start));
-    const int64_t columns = minimum(N, n - j);
-    BFloat16Pair* to = panels + panel_start * pairs(k) + (j - panel_start);
-    if (dtype == DType::bf16) {
-      pack_pairs_typed(static_cast<const BFloat16*>(source) + j * col_stride, row_stride, col_stride, k,
-                       columns, to, width);
-    } else {
-      pack_pairs_typed(static_cast<const float*>(source) + j * col_stride, row_stride, col_stride, k, columns,
-                       to, width);
-    }
+void pack_pair_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
+                      BFloat16Pair* panels) {
+  if (dtype == DType::bf16) {
+    pack_pairs_typed(static_cast<const BFloat16*>(source), row_stride, col_stride, k, n, panels);
+  } else {
+    pack_pairs_typed(static_cast<const float*>(source), row_stride, col_stride, k, n, panels);
   }
 }
 
@@ -322,8 +350,8 @@ inline void store_sums(const Vec<T> (&v)[4], T* to) {
 
 // C[i, j] (+)= sum_l A[i, l] B[j, l] for Rows rows of A, Columns (4 or 1) rows of B; k in blocks as in gemm.
 template <class T, int Rows, int Columns, class Storage>
-[[gnu::noinline]] void dot_block(int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c,
-                                 int64_t ldc, Mode mode) {
+[[gnu::noinline]] void dot_block(int64_t k, const T* a, int64_t lda, const Storage* b, int64_t ldb, T* c, int64_t ldc,
+                                 Mode mode) {
   constexpr int N = kLanes<T>;
   for (int64_t k0 = 0; k0 < k; k0 += kKBlock) {
     const int64_t end = minimum(k0 + kKBlock, k);
@@ -376,8 +404,8 @@ template <class T, int Rows, int Columns, class Storage>
 // C[i, j] (+)= sum_l A[i, l] B[l, j] for k <= kKBlock, Rows rows and Vectors vectors of columns: 4, or 1 with
 // the first `columns` lanes only.
 template <class T, int Rows, int Vectors, class Storage>
-[[gnu::noinline]] void combine_block(int64_t k, int64_t columns, const T* a, int64_t lda, const Storage* b,
-                                     int64_t ldb, T* c, int64_t ldc, Mode mode) {
+[[gnu::noinline]] void combine_block(int64_t k, int64_t columns, const T* a, int64_t lda, const Storage* b, int64_t ldb,
+                                     T* c, int64_t ldc, Mode mode) {
   constexpr int N = kLanes<T>;
   const bool whole = Vectors > 1 || columns == N;
   Vec<T> sums[Rows][Vectors];
@@ -430,8 +458,8 @@ inline void for_groups_of_rows(int64_t m, const Call& call) {
 }  // namespace
 
 template <class T>
-void dot_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b,
-              int64_t ldb, T* c, int64_t ldc, Mode mode) {
+void dot_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b, int64_t ldb, T* c,
+              int64_t ldc, Mode mode) {
   if (k == 0 && mode == Mode::overwrite) clear_rows(m, n, c, ldc);
   visit_storage(b_dtype, [&](auto storage) {
     for (int64_t j = 0; j < n;) {
@@ -450,8 +478,8 @@ void dot_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_
 }
 
 template <class T>
-void combine_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b,
-                  int64_t ldb, T* c, int64_t ldc, Mode mode) {
+void combine_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b, int64_t ldb,
+                  T* c, int64_t ldc, Mode mode) {
   constexpr int64_t N = kLanes<T>;
   if (k == 0 && mode == Mode::overwrite) clear_rows(m, n, c, ldc);
   visit_storage(b_dtype, [&](auto storage) {
@@ -480,21 +508,21 @@ void combine_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DTyp
 
 template void pack_panels<float>(DType, const void*, int64_t, int64_t, int64_t, int64_t, float*);
 template void pack_panels<double>(DType, const void*, int64_t, int64_t, int64_t, int64_t, double*);
-template void gemm<float>(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, float*,
-                          int64_t, Mode);
-template void gemm<double>(int64_t, int64_t, int64_t, const double*, int64_t, int64_t, const double*, double*,
-                           int64_t, Mode);
+template void gemm<float>(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, float*, int64_t,
+                          Mode);
+template void gemm<double>(int64_t, int64_t, int64_t, const double*, int64_t, int64_t, const double*, double*, int64_t,
+                           Mode);
 #if defined(__AVX512BF16__)
-template void gemm<BFloat16Pair>(int64_t, int64_t, int64_t, const BFloat16Pair*, int64_t, int64_t,
-                                 const BFloat16Pair*, float*, int64_t, Mode);
+template void gemm<BFloat16Pair>(int64_t, int64_t, int64_t, const BFloat16Pair*, int64_t, int64_t, const BFloat16Pair*,
+                                 float*, int64_t, Mode);
 #endif
-template void dot_rows<float>(int64_t, int64_t, int64_t, const float*, int64_t, DType, const void*, int64_t,
-                              float*, int64_t, Mode);
-template void dot_rows<double>(int64_t, int64_t, int64_t, const double*, int64_t, DType, const void*, int64_t,
-                               double*, int64_t, Mode);
-template void combine_rows<float>(int64_t, int64_t, int64_t, const float*, int64_t, DType, const void*,
-                                  int64_t, float*, int64_t, Mode);
-template void combine_rows<double>(int64_t, int64_t, int64_t, const double*, int64_t, DType, const void*,
-                                   int64_t, double*, int64_t, Mode);
+template void dot_rows<float>(int64_t, int64_t, int64_t, const float*, int64_t, DType, const void*, int64_t, float*,
+                              int64_t, Mode);
+template void dot_rows<double>(int64_t, int64_t, int64_t, const double*, int64_t, DType, const void*, int64_t, double*,
+                               int64_t, Mode);
+template void combine_rows<float>(int64_t, int64_t, int64_t, const float*, int64_t, DType, const void*, int64_t, float*,
+                                  int64_t, Mode);
+template void combine_rows<double>(int64_t, int64_t, int64_t, const double*, int64_t, DType, const void*, int64_t,
+                                   double*, int64_t, Mode);
 
 }  // namespace lwft::LWFT_ISA
