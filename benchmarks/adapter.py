@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,6 @@ def _case(
         f"T={tokens} d={width} m={bottleneck}{extra}",
         {"T": tokens, "d": width, "m": bottleneck, **options},
         preset,
-        4.0 * tokens * width * bottleneck,
-        2.0 * tokens * width + 2.0 * width * bottleneck,
         dtypes,
         curve,
     )
@@ -32,6 +30,7 @@ def _case(
 
 CASES = (
     _case("smoke", 5, 24, 8, norm=True),
+    _case("smoke", 5, 24, 8, dropout_p=0.5),
     _case("quick", 1, 768, 64, curve=("d=768 m=64", "T")),
     _case("quick", 128, 768, 64, curve=("d=768 m=64", "T")),
     _case("quick", 4096, 768, 64, dtypes=("float32", "bfloat16"), curve=("d=768 m=64", "T")),
@@ -40,6 +39,7 @@ CASES = (
     *(_case("full", 4096, 768, m, curve=("d=768 T=4096", "m")) for m in (16, 256)),
     *(_case("full", t, 4096, 64) for t in (1, 128, 1024)),
     _case("full", 128, 768, 64, norm=True, dropout_p=0.1, dtypes=("float32", "bfloat16")),
+    _case("full", 1023, 770, 37, norm=True, dropout_p=0.1, dtypes=("float32", "bfloat16")),
 )  # fmt: skip
 
 
@@ -66,7 +66,13 @@ def arguments(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arg
     return result
 
 
-def _function(p: float) -> Any:
+def flops(case: Case, _: Arguments, backward: bool) -> float:
+    """Two products; two more for the gradient of each."""
+    s = case.sizes
+    return 4.0 * s["T"] * s["d"] * s["m"] * (3.0 if backward else 1.0)
+
+
+def _function(p: float) -> Callable[..., Tensor]:
     def adapter(
         x: Tensor, down_weight: Tensor, down_bias: Tensor, up_weight: Tensor, up_bias: Tensor,
         norm_weight: Tensor | None, norm_bias: Tensor | None,
@@ -99,6 +105,7 @@ FAMILY = Family(
     "adapter",
     CASES,
     arguments,
+    flops,
     {"eager": _eager, "compile": _compile, "lwft": _ours},
     ours=LF.adapter,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from lwft_kernels.attention import reference
 
 from .case import Arguments, Case, Family, NotOffered, Run, compiled, normal
 
+BOTH = ("float32", "bfloat16")
+
 
 def _case(
     name: str, preset: str, batch: int, heads: int, queries: int, head_dim: int, *, kv_heads: int = 0, keys: int = 0,
@@ -21,38 +24,26 @@ def _case(
 ) -> Case:  # fmt: skip
     kv_heads, keys = kv_heads or heads, keys or queries
     sizes = {"B": batch, "H": heads, "Hkv": kv_heads, "S": queries, "L": keys, "D": head_dim, **options}
-    seen = keys + options.get("prefix", 0)
-    if options.get("window"):
-        seen = min(keys, options["window"])
-    elif options.get("causal") and queries == keys:
-        seen = keys / 2
-    values = batch * head_dim * (2 * heads * queries + 2 * kv_heads * (keys + options.get("prefix", 0)))
     shape = f"({batch}, {heads if kv_heads == heads else f'{heads}/{kv_heads}'}, {queries}, {head_dim})"
     if keys != queries:
         shape += f" x {keys} keys"
-    return Case(
-        f"{name} {shape}",
-        sizes,
-        preset,
-        4.0 * batch * heads * queries * seen * head_dim,
-        values,
-        dtypes,
-        curve,
-    )
+    return Case(f"{name} {shape}", sizes, preset, dtypes, curve, trains=queries > 1)  # decoding is not trained
 
 
-BOTH = ("float32", "bfloat16")
 CASES = (
     _case("plain", "smoke", 1, 2, 16, 8),
-    _case("bias gradient", "smoke", 1, 2, 16, 8, bias=True),
+    _case("all at once", "smoke", 2, 4, 7, 8, kv_heads=2, keys=9, causal=True, padding=True, bias=True, prefix=3),
+    _case("dropout 0.5", "smoke", 1, 2, 16, 8, dropout_p=0.5),
+    _case("decode", "smoke", 1, 4, 1, 8, kv_heads=2, keys=16),
     _case("plain", "quick", 8, 12, 128, 64, dtypes=BOTH, curve=("plain, D=64", "S")),
-    _case("causal", "quick", 2, 12, 512, 64),
+    _case("causal", "quick", 2, 12, 512, 64, causal=True, curve=("causal, D=64", "S")),
+    _case("window 128", "quick", 2, 12, 512, 64, causal=True, window=128),
     _case("dropout 0.1", "quick", 8, 12, 128, 64, dropout_p=0.1),
     _case("padding", "quick", 8, 12, 128, 64, padding=True),
     _case("bias gradient", "quick", 8, 12, 128, 64, bias=True),
     _case("prefix 20", "quick", 8, 12, 128, 64, prefix=20),
     _case("GQA causal", "quick", 1, 32, 256, 128, kv_heads=8, causal=True),
-    _case("decode GQA", "quick", 1, 32, 1, 128, kv_heads=8, keys=4096, dtypes=BOTH, curve=("decode", "L")),
+    _case("decode GQA", "quick", 1, 32, 1, 128, kv_heads=8, keys=4096, curve=("decode GQA", "L")),
     *(
         _case("plain", "full", max(1, 1024 // s), 12, s, 64, dtypes=BOTH, curve=("plain, D=64", "S"))
         for s in (256, 512, 1024, 2048)
@@ -60,26 +51,33 @@ CASES = (
     *(_case("plain", "full", 4, 8, 256, d) for d in (32, 80, 128)),
     *(
         _case("causal", "full", max(1, 1024 // s), 12, s, 64, causal=True, dtypes=BOTH, curve=("causal, D=64", "S"))
-        for s in (128, 512, 1024, 2048)
+        for s in (128, 1024, 2048)
     ),
     _case("dropout 0.1", "full", 8, 12, 512, 64, dropout_p=0.1, dtypes=BOTH),
+    _case("causal dropout 0.1", "full", 2, 12, 512, 64, causal=True, dropout_p=0.1),
     _case("bias gradient", "full", 8, 12, 512, 64, bias=True, dtypes=BOTH),
     _case("window 128", "full", 1, 12, 2048, 64, causal=True, window=128),
     _case("softcap 50", "full", 4, 8, 256, 64, softcap=50.0),
     _case("prefix 20 causal", "full", 2, 12, 512, 64, prefix=20, causal=True),
     _case("cross", "full", 8, 12, 37, 64, keys=517),
+    _case("ugly sizes", "full", 3, 5, 131, 33, dtypes=BOTH),
+    _case("ugly causal", "full", 2, 7, 509, 80, causal=True),
     *(
         _case("decode", "full", 1, 32, 1, 128, keys=n, dtypes=BOTH, curve=("decode", "L")) for n in (512, 2048, 8192)
+    ),
+    *(
+        _case("decode GQA", "full", 1, 32, 1, 128, kv_heads=8, keys=n, dtypes=BOTH, curve=("decode GQA", "L"))
+        for n in (512, 2048, 8192)
     ),
 )  # fmt: skip
 
 
 def arguments(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
     s = case.sizes
-    trains = s["S"] > 1  # decoding is not trained
 
-    def heads_first(heads: int, length: int) -> Tensor:  # the view models hand over
-        return normal(generator, dtype, s["B"], length, heads, s["D"]).transpose(1, 2).requires_grad_(trains)
+    def heads_first(heads: int, length: int) -> Tensor:  # the view that models hand over
+        values = normal(generator, dtype, s["B"], length, heads, s["D"]).transpose(1, 2)
+        return values.requires_grad_(case.trains)
 
     result: Arguments = {
         "q": heads_first(s["H"], s["S"]),
@@ -90,26 +88,46 @@ def arguments(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arg
         result["bias"] = normal(generator, dtype, 1, s["H"], s["S"], s["L"], grad=True)
     if s.get("prefix"):
         shape = (1, s["Hkv"], s["prefix"], s["D"])
-        result["prefix_k"], result["prefix_v"] = (
-            normal(generator, dtype, *shape, grad=True) for _ in range(2)
-        )
+        result["prefix_k"], result["prefix_v"] = (normal(generator, dtype, *shape, grad=True) for _ in range(2))
     if s.get("padding"):
-        result["lengths"] = torch.linspace(s["L"] // 2, s["L"], s["B"]).long()
+        result["lengths"] = torch.linspace(s["L"] // 2 + 1, s["L"], s["B"]).long()
     for name in ("causal", "window", "softcap", "dropout_p"):
         if name in s:
             result[name] = s[name]
     return result
 
 
-def _mask(case: Case, a: Arguments) -> Tensor | None:
-    """The boolean mask that a peer needs, made once, outside the timed call."""
+def flops(case: Case, a: Arguments, backward: bool) -> float:
+    """4 D per query and key it sees; backward is five products where forward is two (FlashAttention counts so)."""
     s = case.sizes
-    if not any(name in a for name in ("lengths", "window")) and not (a.get("causal") and s.get("prefix")):
-        return None
-    mask = reference.may_attend(
-        s["S"], s["L"], causal=a.get("causal", False), window=a.get("window"), lengths=a.get("lengths")
-    )
-    return F.pad(mask, (s.get("prefix", 0), 0), value=True)
+    allowed = _may_attend(case, a)
+    pairs = allowed.expand(s["B"], *allowed.shape[1:]).sum().item() + s["B"] * s["S"] * s.get("prefix", 0)
+    return 4.0 * s["D"] * s["H"] * pairs * (3.5 if backward else 1.0)
+
+
+def _may_attend(case: Case, a: Arguments) -> Tensor:  # (B or 1, 1, S, L)
+    s = case.sizes
+    options = {name: a[name] for name in ("causal", "window", "lengths") if name in a}
+    return reference.may_attend(s["S"], s["L"], **options)
+
+
+# ---- the peers; what can be made once (masks) is made once, outside the timed call ----
+
+
+def _mask(case: Case, a: Arguments) -> Tensor | None:
+    """Which keys may be seen, prefix included; None where every key may."""
+    allowed = _may_attend(case, a)
+    return None if bool(allowed.all()) else F.pad(allowed, (case.sizes.get("prefix", 0), 0), value=True)
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+
+
+def _bias(case: Case, a: Arguments) -> Tensor | None:
+    """The bias, over a prefix as well."""
+    bias, prefix = a.get("bias"), case.sizes.get("prefix", 0)
+    return F.pad(bias, (prefix, 0)) if bias is not None and prefix else bias
 
 
 def _with_prefix(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -120,56 +138,83 @@ def _with_prefix(a: Arguments) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def _eager_function(case: Case, a: Arguments) -> Any:
+def _explicit_softmax(case: Case, a: Arguments) -> Callable[..., Tensor]:
+    """softmax(q k^T scale + bias + mask) v, written out; grouped heads share a product, keys are not repeated."""
     s = case.sizes
-    groups, scale = s["H"] // s["Hkv"], 1 / math.sqrt(s["D"])
-    mask = _mask(case, a)
-    if mask is None and a.get("causal"):
-        mask = reference.may_attend(s["S"], s["L"], causal=True)
+    groups, scale = s["H"] // s["Hkv"], s["D"] ** -0.5
+    mask = _additive(_mask(case, a), a["q"].dtype)
     p, softcap = a.get("dropout_p", 0.0), a.get("softcap")
+    per_head, grouped = (s["B"], s["H"], s["S"], -1), (s["B"], s["Hkv"], groups * s["S"], -1)
 
-    def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        if groups > 1:  # one product per key head, keys not repeated
-            q = q.reshape(q.shape[0], k.shape[1], groups * q.shape[2], q.shape[3])
-        scores = q @ k.transpose(-2, -1) * scale
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        q = q * scale
+        if groups > 1:
+            q = q.reshape(grouped)
+        scores = q @ k.transpose(-2, -1)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if groups > 1:
-            scores = scores.view(s["B"], s["H"], s["S"], -1)
+            scores = scores.view(per_head)
         if bias is not None:
             scores = scores + bias
         if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        weights = F.dropout(torch.softmax(scores, -1), p)
+            scores = scores + mask
+        weights = torch.softmax(scores, -1)
+        if p:
+            weights = F.dropout(weights, p)
         if groups > 1:
-            weights = weights.reshape(s["B"], s["Hkv"], groups * s["S"], -1)
-        return (weights @ v).reshape(s["B"], s["H"], s["S"], s["D"])
+            weights = weights.view(grouped)
+        return (weights @ v).reshape(per_head)
 
-    return eager
+    return attention
 
 
 def _eager(case: Case, a: Arguments) -> Run:
-    function = _eager_function(case, a)
-    return lambda: function(a["q"], *_with_prefix(a), a.get("bias"))
+    function = _explicit_softmax(case, a)
+    return lambda: function(a["q"], *_with_prefix(a), _bias(case, a))
 
 
 def _compile(case: Case, a: Arguments) -> Run:
-    function = compiled(_eager_function(case, a))
-    return lambda: function(a["q"], *_with_prefix(a), a.get("bias"))
+    explicit = _explicit_softmax(case, a)
+
+    def whole(values: Arguments) -> Tensor:
+        return explicit(values["q"], *_with_prefix(values), _bias(case, values))
+
+    function = compiled(whole)
+    tensors = {name: value for name, value in a.items() if isinstance(value, Tensor)}
+    return lambda: function(tensors)
 
 
 def _sdpa(case: Case, a: Arguments) -> Run:
+    """SDPA in its fastest legal form: is_causal where that is all, one query's grouped heads as so many queries."""
     if a.get("softcap"):
         raise NotOffered("SDPA knows no softcap")
-    mask = _mask(case, a)
-    if mask is None:
-        mask = a.get("bias")
-    options = {
-        "dropout_p": a.get("dropout_p", 0.0),
-        "is_causal": bool(a.get("causal")) and mask is None,
-        "enable_gqa": case.sizes["H"] != case.sizes["Hkv"],
-    }
-    return lambda: F.scaled_dot_product_attention(a["q"], *_with_prefix(a), attn_mask=mask, **options)
+    s = case.sizes
+    p, groups = a.get("dropout_p", 0.0), s["H"] // s["Hkv"]
+    # is_causal is aligned to the first key, ours to the last: the same where there are as many keys as queries
+    is_causal = bool(
+        a.get("causal")
+        and s["S"] == s["L"]
+        and not any(name in a for name in ("window", "lengths", "prefix_k", "bias"))
+    )
+    mask = None if is_causal else _additive(_mask(case, a), a["q"].dtype)
+    if s["S"] == 1 and groups > 1 and mask is None and "bias" not in a:
+        shape = (s["B"], s["Hkv"], groups, s["D"])
+
+        def one_query() -> Tensor:
+            out = F.scaled_dot_product_attention(a["q"].reshape(shape), *_with_prefix(a), dropout_p=p)
+            return out.reshape(a["q"].shape)
+
+        return one_query
+
+    def general() -> Tensor:
+        bias = _bias(case, a)
+        scores = mask if bias is None else bias if mask is None else bias + mask
+        return F.scaled_dot_product_attention(
+            a["q"], *_with_prefix(a), scores, dropout_p=p, is_causal=is_causal, enable_gqa=groups > 1
+        )
+
+    return general
 
 
 def _ours(_: Case, a: Arguments) -> Run:
@@ -180,7 +225,7 @@ FAMILY = Family(
     "attention",
     CASES,
     arguments,
+    flops,
     {"eager": _eager, "sdpa": _sdpa, "compile": _compile, "lwft": _ours},
-    backward_flops=2.5,
     ours=LF.attention,
 )

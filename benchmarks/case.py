@@ -12,6 +12,9 @@ from torch import Tensor
 Arguments = dict[str, Any]
 Run = Callable[[], Tensor]
 
+# The smallest preset that holds a case. "smoke" is for tests: its sizes are too small to mean anything.
+PRESETS = ("smoke", "quick", "full")
+
 
 class NotOffered(Exception):
     """A provider cannot compute a case; the message says why."""
@@ -19,25 +22,23 @@ class NotOffered(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a table.
+    """One line of a table.
 
     Attributes:
         name: what is special about it, with its sizes.
         sizes: the sizes by their letter, and the options that are not off.
-        preset: the smallest preset it belongs to: "smoke", "quick" or "full".
-        flops: floating-point operations of one forward call (a multiply and an add are two).
-        values: elements that one forward call must at least read and write.
+        preset: the smallest preset it belongs to.
         dtypes: the dtypes it is timed in unless the command line names some.
         curve: the name of the scaling curve it is a point of, and the size that varies.
+        trains: whether it has a backward; decoding and serving have none.
     """
 
     name: str
     sizes: Mapping[str, Any]
     preset: str
-    flops: float
-    values: float
     dtypes: tuple[str, ...] = ("float32",)
     curve: tuple[str, str] | None = None
+    trains: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,27 +49,34 @@ class Family:
         op: name of the op.
         cases: all presets together.
         arguments: (case, dtype, generator) -> arguments of the op; leaves that train require a gradient.
+        flops: (case, arguments, backward) -> floating-point operations of the shortest known way to compute it; a
+            multiply and an add are two.
         providers: by name, (case, arguments) -> a call without arguments; raises `NotOffered`. "eager" comes first.
         ours: the op itself; under the reference backend it is the specification.
-        backward_flops: operations of backward in units of forward.
     """
 
     op: str
     cases: tuple[Case, ...]
     arguments: Callable[[Case, torch.dtype, torch.Generator], Arguments]
+    flops: Callable[[Case, Arguments, bool], float]
     providers: Mapping[str, Callable[[Case, Arguments], Run]]
     ours: Callable[..., Any]
-    backward_flops: float = 2.0
-
-
-PRESETS = ("smoke", "quick", "full")
 
 
 def in_preset(case: Case, preset: str) -> bool:
-    """Whether `case` belongs to `preset`; "quick" holds no smoke cases, which are too small to mean anything."""
+    """Whether `case` belongs to `preset`: "full" holds "quick", neither holds "smoke"."""
     if preset == "smoke" or case.preset == "smoke":
         return case.preset == preset
     return PRESETS.index(case.preset) <= PRESETS.index(preset)
+
+
+def leaves(arguments: Arguments) -> dict[str, Tensor]:
+    """The tensors that want a gradient, each once, by its first name (an adapter's residual is its x)."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            found.setdefault(id(value), (name, value))
+    return dict(found.values())
 
 
 def normal(

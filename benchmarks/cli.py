@@ -10,16 +10,18 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import machine, report
+from . import machine, report, results
 from . import plot as plotting
 from . import run as running
 from .case import PRESETS
 
-PROVIDERS = (*report.PEERS_ORDER, report.OURS)
-COMPILE_NOTE = "torch.compile is left out of this preset (compiling takes minutes); --preset full or --providers compile has it."
+PROVIDERS = (*report.PEERS, results.OURS)
+MIN_TIME = {"smoke": 0.001, "quick": 0.15, "full": 0.5}  # seconds of timing per provider and row
+NO_COMPILE = "left out of this preset, compiling takes minutes; --preset full or --providers has it"
+LEAST_WIDTH = 165  # of a table that goes to a file
 
 
 class _Commands(click.Group):
@@ -41,6 +43,27 @@ def main() -> None:
     """The ops of lwft_kernels, and a real fine-tune, against what people use today."""
 
 
+class _Words(click.ParamType):
+    """Words of a list, separated by commas; the option may also be repeated."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+        self.name = ",".join(words)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = tuple(word.strip() for word in value.split(","))
+        for word in words:
+            if word not in self.words:
+                self.fail(f"{word!r} is not one of {', '.join(self.words)}", parameter, context)
+        return words
+
+
+def _joined(_: click.Context, __: click.Parameter, value: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word for words in value for word in words))
+
+
 def _counts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
     if value is None:
         return (torch.get_num_threads(),)
@@ -53,24 +76,29 @@ def _counts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
     return counts
 
 
+def _words_option(flag: str, name: str, words: tuple[str, ...], help: str) -> Any:
+    return click.option(flag, name, multiple=True, type=_Words(*words), callback=_joined, help=help)
+
+
+_PATH = click.Path(path_type=Path, dir_okay=False)
+
+
 @main.command()
 @click.argument("families", nargs=-1, type=click.Choice([*running.FAMILIES, "all"]))
 @click.option("--preset", type=click.Choice(PRESETS), default="quick", show_default=True)
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(running.DTYPES), help="Default: by case.")
-@click.option("--mode", "modes", multiple=True, type=click.Choice(running.MODES), help="Default: both.")
+@_words_option("--dtype", "dtypes", running.DTYPES, "Default: by case.")
+@_words_option("--mode", "modes", running.MODES, "Forward, forward and backward. Default: both.")
 @click.option("--threads", callback=_counts, help="CPU threads, as 1,2. Default: torch's.")
-@click.option("--providers", multiple=True, type=click.Choice(PROVIDERS), help="Default: all.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--min-time", default=None, type=float, help="Seconds of timing per provider and row.")
+@_words_option("--providers", "providers", PROVIDERS, "Default: all.")
+@click.option("--seed", default=0, show_default=True, help="Of the arguments.")
 @click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path),
-    default=Path("results/run.json"),
-    show_default=True,
+    "--min-time",
+    type=click.FloatRange(min=0.0),
+    help="Seconds of timing per provider and row. Default: by preset.",
 )
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Also write CSV.")
-@click.option("--png", "png_path", type=click.Path(path_type=Path), help="Also draw the picture of `plot`.")
+@click.option("--json", "json_path", type=_PATH, default=Path("results/run.json"), show_default=True)
+@click.option("--csv", "csv_path", type=_PATH, help="Also write CSV.")
+@click.option("--png", "png_path", type=_PATH, help="The picture of `plot`. Default: beside the JSON.")
 def run(
     families: tuple[str, ...],
     preset: str,
@@ -87,63 +115,73 @@ def run(
     """Check, then time the ops of FAMILIES (default: all).
 
     Every provider is first held to a float64 oracle; one that is wrong is not timed, and if it is ours the exit status
-    is 1. Providers are timed in turn, medians are shown with half their quartile spread, and the last columns give our
-    ratio to the best peer and the share of the machine's measured limit that we reach.
+    is 1. Providers are timed in turn, and nothing is judged by its time.
     """
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    chosen = tuple(running.FAMILIES) if not families or "all" in families else families
-    without_compile = preset != "full" and not providers
-    asked = providers or tuple(name for name in PROVIDERS if not (without_compile and name == "compile"))
-    if min_time is None:
-        min_time = {"smoke": 0.001, "quick": 0.25, "full": 0.5}[preset]
+    console = Console(width=None if sys.stdout.isatty() else LEAST_WIDTH)
+    chosen = tuple(running.FAMILIES) if not families or "all" in families else tuple(dict.fromkeys(families))
+    absent = {"compile": NO_COMPILE} if preset != "full" and not providers else {}
+    asked = providers or tuple(name for name in PROVIDERS if name not in absent)
     planned = running.plans(chosen, preset, dtypes, modes or running.MODES, threads)
-    found: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    environment = machine.environment()
+    environment["peaks"] = machine.peaks(
+        tuple(getattr(torch, name) for name in dict.fromkeys(plan.dtype for plan in planned))
+    )
+    found: list[results.Row] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("timing", total=len(planned))
-        for row in running.rows(planned, asked, seed, min_time):
+        bar = progress.add_task(_next(planned, 0), total=len(planned))
+        for row in running.rows(planned, asked, seed, MIN_TIME[preset] if min_time is None else min_time):
             found.append(row)
-            progress.update(bar, advance=1, description=row["op"])
-    result = {
-        "command": " ".join(["lwft-bench", *sys.argv[1:]]),
-        "seed": seed,
-        "environment": machine.environment(),
-        "rows": found,
-    }
-    for op in dict.fromkeys(row["op"] for row in found):
-        report.print_table(op, [row for row in found if row["op"] == op], console)
-    if without_compile:
-        console.print(COMPILE_NOTE)
-    report.write_json(result, json_path)
+            progress.update(bar, advance=1, description=_next(planned, len(found)))
+    for op in dict.fromkeys(row.op for row in found):
+        report.print_table([row for row in found if row.op == op], console, absent)
+    console.print(report.LEGEND, style="dim", highlight=False)
+    command = " ".join(["lwft-bench", *sys.argv[1:]])
+    png_path = png_path or json_path.with_suffix(".png")
+    whole = results.Report(command, seed, environment, found)
+    whole.write_json(json_path)
     if csv_path is not None:
-        report.write_csv(result, csv_path)
-    if png_path is not None:
-        png_path.parent.mkdir(parents=True, exist_ok=True)
-        plotting.draw(result, png_path)
+        whole.write_csv(csv_path)
+    plotting.draw(whole, png_path)
     written = ", ".join(str(path) for path in (json_path, csv_path, png_path) if path is not None)
-    console.print(f"seed {seed}; written: {written}")
-    if any("wrong" in row["providers"].get(report.OURS, {}) for row in found):
+    console.print(f"seed {seed}; written: {written}", highlight=False, soft_wrap=True)
+    ours = [row.results[results.OURS] for row in found if results.OURS in row.results]
+    if any(result.status in (results.WRONG, results.FAILED) for result in ours):
         raise SystemExit(1)
+
+
+def _next(planned: list[running.Plan], done: int) -> str:
+    if done == len(planned):
+        return "done"
+    plan = planned[done]
+    return f"{plan.family.op}: {plan.case.name}, {plan.dtype}, {plan.mode}"
 
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def env(as_json: bool) -> None:
-    """Versions, processor, compiler, what is loaded, and why something is not: for bug reports."""
-    facts = machine.environment()
+    """Versions, processor, compiler, what is loaded, why something is not, measured peaks: for bug reports."""
+    facts = {**machine.environment(), "peaks": machine.peaks((torch.float32, torch.bfloat16))}
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
     table = Table(show_header=False)
+    peaks = facts.pop("peaks")
     for name, value in facts.items():
         table.add_row(name, str(value))
+    for name, rate in peaks.items():
+        table.add_row(f"measured {name}", f"{rate / 1e9:.3g} {'GB/s' if name == 'copy' else 'GFLOP/s'}")
     Console().print(table)
 
 
 @main.command()
 @click.argument("result", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option("-o", "--output", type=_PATH, required=True)
 def plot(result: Path, output: Path) -> None:
     """Draw RESULT, a JSON file of `run`: ratios to the best peer, and scaling curves where there are sizes enough."""
-    plotting.draw(json.loads(result.read_text()), output)
+    try:
+        whole = results.read(result)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    plotting.draw(whole, output)
     click.echo(f"written: {output}")

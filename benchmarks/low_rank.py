@@ -16,8 +16,6 @@ def _case(preset: str, tokens: int, width: int, rank: int, *, dtypes: tuple[str,
         f"T={tokens} d={width} r={rank}",
         {"T": tokens, "d": width, "r": rank},
         preset,
-        4.0 * tokens * width * rank,
-        2.0 * tokens * width + 2.0 * width * rank,
         dtypes,
         ("d=768 r=16", "T") if (width, rank) == (768, 16) else None,
     )
@@ -30,6 +28,7 @@ CASES = (
     *(_case("full", t, 768, 16) for t in (1, 16, 1024)),
     *(_case("full", 4096, 768, r) for r in (4, 64)),
     *(_case("full", t, 4096, 16) for t in (1, 128)),
+    _case("full", 1023, 770, 7, dtypes=("float32", "bfloat16")),
 )
 
 
@@ -41,6 +40,12 @@ def arguments(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arg
         "up_weight": normal(generator, dtype, s["d"], s["r"], grad=True, scale=s["r"] ** -0.5),
         "bias": normal(generator, dtype, s["d"], grad=True),
     }
+
+
+def flops(case: Case, _: Arguments, backward: bool) -> float:
+    """Two products; two more for the gradient of each."""
+    s = case.sizes
+    return 4.0 * s["T"] * s["d"] * s["r"] * (3.0 if backward else 1.0)
 
 
 def _two_linears(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Tensor) -> Tensor:
@@ -64,6 +69,7 @@ FAMILY = Family(
     "low_rank_linear",
     CASES,
     arguments,
+    flops,
     {"eager": _eager, "compile": _compile, "lwft": _ours},
     ours=LF.low_rank_linear,
 )

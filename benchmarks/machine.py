@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -14,9 +15,10 @@ import torch
 
 import lwft_kernels
 
+from . import work
 from .timing import interleaved
 
-LIBRARIES = ("lwft_kernels", "torch", "transformers", "peft", "triton", "numpy")
+LIBRARIES = ("torch", "transformers", "peft", "triton", "numpy")
 
 
 def processor() -> str:
@@ -30,11 +32,12 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _first_line(*command: str) -> str | None:
+def _says(*command: str, line: str = "") -> str | None:
+    """The first line of what a program prints that contains `line`; None where there is no such program."""
     if shutil.which(command[0]) is None:
         return None
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.splitlines()[0] if result.returncode == 0 and result.stdout else None
+    return next((text for text in result.stdout.splitlines() if line in text), None)
 
 
 def _version(library: str) -> str | None:
@@ -51,9 +54,7 @@ def commit() -> str | None:
         return None
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
-        ).stdout
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False).stdout
 
     return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
 
@@ -63,39 +64,43 @@ def environment() -> dict[str, Any]:
     backend = lwft_kernels.backend.describe()
     warning = torch.ops.lwft.cpu_isa_warning() if backend["why_not"] is None else ""
     return {
+        "lwft_kernels": lwft_kernels.__version__,
+        "commit": commit() or "- (an installed package has none)",
         **{name: _version(name) or "not installed" for name in LIBRARIES},
         "python": platform.python_version(),
         "system": platform.platform(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "processor": processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "compiler": _first_line("c++", "--version") or "no c++ in PATH",
-        "nvcc": (_first_line("nvcc", "--version") and "found")
-        or "no nvcc in PATH: no CUDA kernels are built",
+        "torch threads": torch.get_num_threads(),
+        "torch instruction set": torch.backends.cpu.get_cpu_capability(),
         "library": backend["library"] or f"not loaded: {backend['why_not']}",
+        "backend": backend["backend"],
         "instruction set": backend["cpu_isa"] or "-",
         **({"LWFT_CPU_ISA": warning} if warning else {}),
         "CUDA kernels": _cuda(backend),
         "Triton kernels": "none in this version",
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "commit": commit() or "-",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else _no_gpu(),
+        "compiler": _says("c++", "--version") or "no c++ in PATH: the library and torch.compile cannot be built",
+        "nvcc": _says("nvcc", "--version", line="release") or "not in PATH: a build here leaves the CUDA kernels out",
     }
+
+
+def _no_gpu() -> str:
+    return "none" if torch.version.cuda else "none, and this torch is built without CUDA"
 
 
 def _cuda(backend: dict[str, Any]) -> str:
     if not backend["cuda_kernels"]:
-        return "not built"
+        return "not built" if backend["library"] else "-"
     return "adapter forward is built, not proven on a GPU yet (LWFT_CUDA_UNPROVEN=1 tries it)"
 
 
-def peaks(dtype: torch.dtype, min_time: float) -> dict[str, float]:
-    """Measured limits with the threads in use: GEMM rate of torch.mm in `dtype` (flop/s), copy rate (bytes/s)."""
-    n = 1024
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    source = torch.empty(2**25)  # 128 MiB, beyond any cache
-    target = torch.empty_like(source)
-    timings = interleaved({"gemm": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}, min_time)
-    return {
-        "gemm": 2 * n**3 / timings["gemm"].median,
-        "copy": 2 * source.numel() * source.element_size() / timings["copy"].median,
-    }
+def peaks(dtypes: tuple[torch.dtype, ...], min_time: float = 0.05) -> dict[str, float]:
+    """Measured limits with the threads in use: flop/s of torch.mm by dtype, bytes/s of a copy out of main memory."""
+    products = {f"GEMM {str(dtype).removeprefix('torch.')}": work.matrix_product(dtype) for dtype in dtypes}
+    copy, traffic = work.copy(work.LARGEST_COPY)
+    calls = {**{name: call for name, (call, _) in products.items()}, "copy": copy}
+    timings = interleaved(calls, min_time)
+    rates = {name: flops / timings[name].median for name, (_, flops) in products.items()}
+    return {**rates, "copy": traffic / timings["copy"].median}

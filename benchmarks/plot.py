@@ -1,86 +1,156 @@
-"""Pictures of a result file: how we stand to the best peer, and how time grows with the size."""
+"""Pictures of a result file: how we stand to the best peer, and how the rate grows with sizes and threads."""
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .report import OURS, ratio
+from .report import PEERS
+from .results import OURS, Report, Row
 
 COLOURS = {"lwft": "#1f77b4", "eager": "#777777", "sdpa": "#d62728", "compile": "#9467bd", "addmm": "#8c564b",
            "peft": "#ff7f0e"}  # fmt: skip
+FASTER, SLOWER = "#2ca02c", "#d62728"
+LEAST_SIZES = 3
+BAR_INCHES, CURVE_INCHES, CURVES_A_ROW = 0.2, 2.9, 3
 
 
-def curves(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of one scaling curve (at least three sizes), by its title."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        if row["curve"] is not None:
-            name, size = row["curve"]
-            title = (
-                f"{row['op']} {name}, {row['dtype']}, {row['mode']}, {row['threads']} thr: time per {size}"
-            )
-            found.setdefault(title, []).append(row)
-    for rows in found.values():
-        rows.sort(key=lambda row: row["sizes"][row["curve"][1]])
-    return {title: rows for title, rows in found.items() if len(rows) >= 3}
+@dataclass(frozen=True)
+class Curve:
+    """Rows that differ in one number: a size or the thread count."""
+
+    title: str
+    axis: str
+    points: list[tuple[float, Row]]
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def curves(rows: list[Row]) -> list[Curve]:
+    """The scaling curves that the rows hold: at least three sizes, or at least two thread counts."""
+    by_size = _gathered(
+        [row for row in rows if row.curve is not None],
+        lambda row: (row.op, *row.curve, row.dtype, row.mode, row.threads),
+        lambda key: f"{key[0]}, {key[1]}, {key[3]}, {key[4]}, {_threads(key[5])}",
+        lambda row: row.curve[1],
+        lambda row: row.sizes[row.curve[1]],
+        LEAST_SIZES,
+    )
+    by_threads = _gathered(
+        rows,
+        lambda row: (row.op, row.case, row.dtype, row.mode),
+        lambda key: f"{key[0]}, {key[1]}, {key[2]}, {key[3]}",
+        lambda row: "threads",
+        lambda row: row.threads,
+        2,
+    )
+    return [*by_size, *by_threads]
+
+
+def _gathered(
+    rows: list[Row],
+    key: Callable[[Any], tuple[Any, ...]],
+    title: Callable[[tuple[Any, ...]], str],
+    axis: Callable[[Any], str],
+    position: Callable[[Any], float],
+    least: int,
+) -> list[Curve]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    found = []
+    for name, members in groups.items():
+        points = sorted(((position(row), row) for row in members), key=lambda point: point[0])
+        if len({x for x, _ in points}) >= least:
+            found.append(Curve(title(name), axis(members[0]), points))
+    return found
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" if count == 1 else f"{count} threads"
+
+
+def draw(report: Report, path: Path) -> None:
     """Write the PNG: a bar per row, then the scaling curves."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    bars = [(row, found) for row in result["rows"] if (found := ratio(row)) is not None]
-    lines = curves(result)
-    height = 1.2 + 0.24 * max(len(bars), 1)
-    curve_rows = (len(lines) + 1) // 2
-    figure = plt.figure(figsize=(12, height + 3.2 * curve_rows), layout="constrained")
-    top, *rest = figure.subfigures(
-        2 if curve_rows else 1,
-        1,
-        height_ratios=[height, 3.2 * curve_rows][: 2 if curve_rows else 1],
-        squeeze=False,
-    )[:, 0]
-    axes = top.subplots()
-    labels = [f"{r['op']}: {r['case']}, {r['dtype']}, {r['mode']}, {r['threads']} thr" for r, _ in bars]
-    values = [value for _, (value, _) in bars]
-    positions = range(len(bars))
-    axes.barh(positions, values, color=["#2ca02c" if v >= 1 else "#d62728" for v in values], height=0.7)
-    for position, (_, (value, best)) in zip(positions, bars, strict=True):
-        axes.text(value, position, f" {value:.2f}x {best}", va="center", fontsize=7)
-    axes.set_yticks(positions, labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("time of the best peer / our time (above 1: we are faster)")
-    axes.margins(y=0.005, x=0.15)
-    axes.set_title(
-        f"{result['environment']['processor']}, torch {result['environment']['torch']}", fontsize=9
+    bars = [row for row in report.rows if row.ratio() is not None]
+    lines = curves(report.rows)
+    heights = [1.4 + BAR_INCHES * max(len(bars), 1)]
+    if lines:
+        heights.append(CURVE_INCHES * math.ceil(len(lines) / CURVES_A_ROW))
+    figure = plt.figure(figsize=(13, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _bars(parts[0].subplots(), bars)
+    environment = report.environment
+    parts[0].suptitle(
+        f"{environment['processor']}, instruction set {environment['instruction set']}, torch {environment['torch']}, "
+        f"commit {environment['commit']}, {environment['date'][:10]}",
+        fontsize=9,
     )
-    if rest:
-        grid = rest[0].subplots(curve_rows, 2, squeeze=False).flat
-        for axes, (title, rows) in zip(grid, lines.items(), strict=False):
-            _curve(axes, title, rows)
-        for axes in list(grid)[len(lines) :]:
-            axes.set_visible(False)
-    figure.savefig(path, dpi=110)
+    if lines:
+        grid = parts[1].subplots(math.ceil(len(lines) / CURVES_A_ROW), CURVES_A_ROW, squeeze=False)
+        for axes, curve in itertools.zip_longest(grid.flat, lines):
+            if curve is None:
+                axes.set_visible(False)
+            else:
+                _curve(axes, curve)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def _curve(axes: Any, title: str, rows: list[dict[str, Any]]) -> None:
-    """Microseconds per unit of the size: a line that does not rise means that cost does not grow with it."""
-    for name in {n: None for row in rows for n in row["providers"]}:
-        points = [
-            (row["sizes"][row["curve"][1]], 1e6 * row["providers"][name]["median"])
-            for row in rows
-            if row["providers"].get(name, {}).get("median")
-        ]
-        if points:
-            style = {"linewidth": 2.2} if name == OURS else {"linewidth": 1.0}
-            axes.plot(*zip(*((x, y / x) for x, y in points), strict=True), marker="o", markersize=3, label=name,
-                      color=COLOURS.get(name), **style)  # fmt: skip
-    axes.set(xscale="log", yscale="log", ylabel="us per unit")
-    axes.set_title(title, fontsize=8)
-    axes.legend(fontsize=7)
+def _bars(axes: Any, rows: list[Row]) -> None:
+    """Ratios on a logarithmic axis from 1: half as fast is as long to the left as twice as fast to the right."""
+    values = [row.ratio() or 1.0 for row in rows]
+    logs = [math.log2(value) for value in values]
+    axes.barh(range(len(rows)), logs, color=[FASTER if x >= 0 else SLOWER for x in logs], height=0.7)
+    for position, (row, value, x) in enumerate(zip(rows, values, logs, strict=True)):
+        text = f" {value:.2f}x {row.best_peer()} "
+        axes.text(x, position, text, va="center", ha="left" if x >= 0 else "right", fontsize=7)
+    threads = {row.threads for row in rows}
+    labels = [
+        f"{row.op}: {row.case}, {row.dtype}, {row.mode}" + (f", {_threads(row.threads)}" if len(threads) > 1 else "")
+        for row in rows
+    ]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(y=0.005, x=0.2)
+    low, high = (math.floor(min([-1.0, *logs])), math.ceil(max([1.0, *logs])))
+    ticks = range(low, high + 1)
+    axes.set_xticks(ticks, [f"{2.0**tick:g}x" for tick in ticks])
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    axes.grid(axis="x", linewidth=0.3)
+    axes.set_axisbelow(True)
+    title = "time of the best peer / our time: right of 1x we are faster, left of it slower"
+    axes.set_title(title + (f"; {_threads(threads.pop())}" if len(threads) == 1 else ""), fontsize=9)
+
+
+def _curve(axes: Any, curve: Curve) -> None:
+    """The rate at which the least possible work is done, and the dashed limit of the machine."""
+    rows = [row for _, row in curve.points]
+    by_copy = sum(row.limit()[1] == "copy" for row in rows) * 2 > len(rows)
+
+    def rate(row: Row, seconds: float) -> float:
+        return (row.bytes if by_copy else row.flops) / seconds / 1e9
+
+    names = [name for name in (*PEERS, OURS) if any(row.median(name) for row in rows)]
+    for name in names:
+        points = [(x, rate(row, median)) for x, row in curve.points if (median := row.median(name)) is not None]
+        style = {"linewidth": 2.2} if name == OURS else {"linewidth": 1.0}
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, color=COLOURS.get(name), **style)
+    limits = [(x, rate(row, row.limit()[0])) for x, row in curve.points]
+    axes.plot(*zip(*limits, strict=True), "--", color="black", linewidth=0.8, label="limit")
+    axes.set(xscale="log", xlabel=curve.axis, ylabel="GB/s" if by_copy else "GFLOP/s")
+    axes.set_ylim(bottom=0)
+    positions = sorted({x for x, _ in curve.points})
+    axes.set_xticks(positions, [f"{x:g}" for x in positions], fontsize=7)
+    axes.minorticks_off()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_title(curve.title, fontsize=8)
+    axes.legend(fontsize=6)

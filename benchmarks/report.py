@@ -1,122 +1,102 @@
-"""Results as tables on the screen, as JSON and as CSV."""
+"""Results as tables on the screen."""
 
 from __future__ import annotations
 
-import csv
-import json
-from pathlib import Path
-from typing import Any
-
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-OURS = "lwft"
-PEERS_ORDER = ("eager", "sdpa", "addmm", "peft", "compile")
+from .results import FAILED, NOT_OFFERED, OURS, WRONG, Result, Row
 
+PEERS = ("eager", "sdpa", "addmm", "peft", "compile")
+LEVEL = 0.03  # ratios as near to 1 as this are called neither a win nor a loss
+MEBIBYTE = 2**20
 
-def ratio(row: dict[str, Any]) -> tuple[float, str] | None:
-    """Time of the best peer / our time, and who that is; None where one of them is missing."""
-    times = {name: p["median"] for name, p in row["providers"].items() if p.get("median")}
-    peers = {name: t for name, t in times.items() if name != OURS}
-    if OURS not in times or not peers:
-        return None
-    best = min(peers, key=lambda name: peers[name])
-    return peers[best] / times[OURS], best
-
-
-def limit(row: dict[str, Any]) -> tuple[float, str] | None:
-    """The share of the measured machine limit that our call reaches, and which limit is the nearer one."""
-    mine = row["providers"].get(OURS, {}).get("median")
-    if not mine:
-        return None
-    shares = {
-        "GEMM": row["flops"] / mine / row["peaks"]["gemm"],
-        "copy": row["bytes"] / mine / row["peaks"]["copy"],
-    }
-    nearer = max(shares, key=lambda name: shares[name])
-    return shares[nearer], nearer
+LEGEND = (
+    "Median time of one call ± half the distance of its quartiles. vs best peer: time of the fastest peer / ours, "
+    "above 1 we are faster. of limit: the least time this machine could need, by torch.mm (GEMM) or by a copy of as "
+    "many bytes, timed in the same rounds, / ours. MiB: peak memory of one call of ours / of the best peer."
+)
 
 
 def _time(seconds: float) -> str:
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.2g} us"
+    return f"{seconds * 1e6:.3g} us"
 
 
-def _cell(provider: dict[str, Any] | None) -> str:
-    if provider is None:
+def _cell(result: Result | None, mark: str = "") -> str:
+    if result is None:
         return ""
-    if "wrong" in provider:
+    if result.status == WRONG:
         return "[bold red]WRONG[/]"
-    if "reason" in provider:
+    if result.status == FAILED:
+        return "[bold red]failed[/]"
+    if result.median is None or result.first_quartile is None or result.third_quartile is None:
         return "-"
-    spread = (provider["third_quartile"] - provider["first_quartile"]) / 2 / provider["median"]
-    return f"{_time(provider['median'])} ±{spread:.0%}"
+    spread = (result.third_quartile - result.first_quartile) / 2 / result.median
+    return f"{_time(result.median)}{mark} ±{spread:.0%}"
 
 
-def _colour(value: float) -> str:
-    return "green" if value >= 1.03 else "red" if value < 0.97 else "yellow"
+def _ratio(row: Row) -> str:
+    ratio = row.ratio()
+    if ratio is None:
+        return ""
+    colour = "green" if ratio >= 1 + LEVEL else "red" if ratio <= 1 - LEVEL else "yellow"
+    return f"[{colour}]{ratio:.2f}x {row.best_peer()}[/]"
 
 
-def print_table(op: str, rows: list[dict[str, Any]], console: Console) -> None:
-    """One table per op, the cases in their order; wins and losses alike."""
-    names = [n for n in PEERS_ORDER if any(n in row["providers"] for row in rows)]
-    table = Table(title=op, title_justify="left")
+def _memory(row: Row) -> str:
+    def mebibytes(name: str | None) -> str:
+        result = row.results.get(name or "")
+        if result is None or result.peak_memory is None:
+            return "-"
+        value = result.peak_memory / MEBIBYTE
+        return f"{value:.0f}" if value >= 0.95 else "<1"
+
+    return f"{mebibytes(OURS)} / {mebibytes(row.best_peer())}"
+
+
+def notes(rows: list[Row], absent: dict[str, str]) -> list[str]:
+    """What the cells cannot say, each once: why a provider is missing, wrong or fell to a slower path."""
+    found = [f"{name}: {reason}" for name, reason in absent.items()]
+    for row in rows:
+        where = f"{row.case}, {row.dtype}, {row.mode}"
+        for name, result in row.results.items():
+            if result.status == NOT_OFFERED:
+                found.append(f"{name}, {row.case}: {result.note}")
+            elif result.status in (WRONG, FAILED):
+                found.append(f"{name} {result.status}, {where}: {result.note}")
+        found += [f"* ours declined, {where}, and plain PyTorch answered: {reason}" for reason in row.declined]
+    return list(dict.fromkeys(found))
+
+
+def print_table(rows: list[Row], console: Console, absent: dict[str, str]) -> None:
+    """One op's rows in the order of its cases, wins and losses alike; `absent`: peers left out, and why."""
+    peers = [name for name in PEERS if any(name in row.results for row in rows)]
+    table = Table(title=rows[0].op, title_justify="left", title_style="bold")
     for column in ("case", "dtype", "mode", "thr"):
         table.add_column(column)
-    for column in (*names, OURS, "vs best peer", "of limit"):
+    for column in (*peers, OURS, "vs best peer", "of limit", "MiB"):
         table.add_column(column, justify="right", no_wrap=True)
-    notes: list[str] = []
+    previous = None
     for row in rows:
-        found, share = ratio(row), limit(row)
+        if previous is not None and row.case != previous:
+            table.add_section()
+        previous = row.case
+        share = row.share_of_limit()
         table.add_row(
-            row["case"],
-            row["dtype"].replace("float", "f"),
-            row["mode"],
-            str(row["threads"]),
-            *(_cell(row["providers"].get(name)) for name in (*names, OURS)),
-            "" if found is None else f"[{_colour(found[0])}]{found[0]:.2f}x {found[1]}[/]",
-            "" if share is None else f"{share[0]:.0%} {share[1]}",
+            escape(row.case),
+            row.dtype.replace("bfloat", "bf").replace("float", "f"),
+            row.mode,
+            str(row.threads),
+            *(_cell(row.results.get(name)) for name in peers),
+            _cell(row.results.get(OURS), "*" if row.declined else ""),
+            _ratio(row),
+            "" if share is None else f"{share:.0%} {row.limit()[1]}",
+            _memory(row),
         )
-        for name, provider in row["providers"].items():
-            for kind in ("wrong", "reason"):
-                if kind in provider:
-                    notes.append(f"{name}, {row['case']}: {provider[kind]}")
-        notes += [f"ours declined {row['case']}: {reason}" for reason in row["declined"]]
     console.print(table)
-    for note in dict.fromkeys(notes):
-        console.print(f"  {note}", highlight=False)
-
-
-def write_json(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1))
-
-
-def write_csv(result: dict[str, Any], path: Path) -> None:
-    """One line per provider."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            [
-                "op",
-                "case",
-                "dtype",
-                "mode",
-                "threads",
-                "provider",
-                "median_s",
-                "first_quartile_s",
-                "third_quartile_s",
-                "note",
-            ]
-        )
-        for row in result["rows"]:
-            for name, p in row["providers"].items():
-                times = [p.get(key) for key in ("median", "first_quartile", "third_quartile")]
-                note = p.get("wrong") or p.get("reason") or ""
-                writer.writerow(
-                    [row["op"], row["case"], row["dtype"], row["mode"], row["threads"], name, *times, note]
-                )
+    for note in notes(rows, absent):
+        console.print(f"  {note}", highlight=False, markup=False)

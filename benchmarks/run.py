@@ -1,8 +1,9 @@
-"""Runs cases: arguments, correctness check, interleaved timing, one row each."""
+"""Runs cases: arguments, correctness check, peak memory, interleaved timing; one row each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 
 import lwft_kernels
 
-from . import adapter, add_layer_norm, attention, lora, low_rank, machine
-from .case import Case, Family, NotOffered, Run, in_preset
-from .correctness import Checker, leaves
-from .report import OURS
+from . import adapter, add_layer_norm, attention, lora, low_rank, work
+from .case import Arguments, Case, Family, NotOffered, Run, in_preset, leaves, normal
+from .correctness import Checker
+from .memory import peak_memory
+from .results import FAILED, NOT_OFFERED, OURS, TIMED, WRONG, Result, Row
 from .timing import interleaved
 
 FAMILIES = {
@@ -45,7 +47,7 @@ def plans(
     modes: tuple[str, ...],
     threads: tuple[int, ...],
 ) -> list[Plan]:
-    """The rows that a command line asks for. Decoding is not trained, so it has no backward."""
+    """The rows that a command line asks for; no `dtypes` means those of each case."""
     return [
         Plan(FAMILIES[name], case, dtype, mode, count)
         for name in families
@@ -53,83 +55,117 @@ def plans(
         if in_preset(case, preset)
         for dtype in (dtypes or case.dtypes)
         for mode in modes
-        if mode == "fwd" or case.sizes.get("S") != 1
+        if mode == "fwd" or case.trains
         for count in threads
     ]
 
 
-def _timed(run: Run, mode: str, arguments: dict[str, Any]) -> Any:
-    if mode == "fwd":
-
-        def forward() -> None:
-            with torch.no_grad():
-                run()
-
-        return forward
-    wanted = leaves(arguments)
-    direction = torch.randn_like(run())
-
-    def forward_and_backward() -> None:
-        torch.autograd.grad(run(), wanted, direction)
-
-    return forward_and_backward
+def rows(planned: list[Plan], providers: tuple[str, ...], seed: int, min_time: float) -> Iterator[Row]:
+    """Run the plans in their order. Arguments and oracle are made once per case and dtype."""
+    for (family, case, name), group in itertools.groupby(planned, lambda p: (p.family, p.case, p.dtype)):
+        members = list(group)
+        dtype = getattr(torch, name)
+        arguments = family.arguments(case, dtype, torch.Generator().manual_seed(seed))
+        checker = Checker(family, case, arguments, dtype, any(plan.mode == "fwdbwd" for plan in members))
+        for plan in members:
+            torch.set_num_threads(plan.threads)
+            yield _row(plan, arguments, checker, providers, min_time)
 
 
-def rows(
-    planned: list[Plan], providers: tuple[str, ...], seed: int, min_time: float
-) -> Iterator[dict[str, Any]]:
-    """Run the plans one by one. A provider that is wrong is not timed."""
-    peaks: dict[tuple[str, int], dict[str, float]] = {}
-    for plan in planned:
-        torch.set_num_threads(plan.threads)
-        dtype = getattr(torch, plan.dtype)
-        if (plan.dtype, plan.threads) not in peaks:
-            peaks[plan.dtype, plan.threads] = machine.peaks(dtype, min_time)
-        yield one(plan, providers, seed, min_time, peaks[plan.dtype, plan.threads])
-
-
-def one(
-    plan: Plan, providers: tuple[str, ...], seed: int, min_time: float, peaks: dict[str, float]
-) -> dict[str, Any]:
-    """One row: every provider checked, then all that are right timed in turn."""
-    family, case = plan.family, plan.case
+def _row(plan: Plan, arguments: Arguments, checker: Checker, providers: tuple[str, ...], min_time: float) -> Row:
+    """Every provider checked, then all that are right timed in turn, together with the machine's limits."""
+    family, case, backward = plan.family, plan.case, plan.mode == "fwdbwd"
     dtype = getattr(torch, plan.dtype)
-    arguments = family.arguments(case, dtype, torch.Generator().manual_seed(seed))
-    backward = plan.mode == "fwdbwd"
-    checker = Checker(family, arguments, backward)
-    results: dict[str, dict[str, Any]] = {}
-    functions = {}
     lwft_kernels.reset_stats()
+    results: dict[str, Result] = {}
+    calls: dict[str, Callable[[], object]] = {}
     for name, bind in family.providers.items():
-        if name not in providers:
-            continue
-        try:
-            run = bind(case, arguments)
-            complaint = checker.complaint(run, ours=name == OURS)
-        except NotOffered as reason:
-            results[name] = {"reason": str(reason)}
-            continue
-        if complaint is not None:
-            results[name] = {"wrong": complaint}
-        else:
-            results[name] = {}
-            functions[name] = _timed(run, plan.mode, arguments)
-    declined = [reason for count in lwft_kernels.stats().values() for reason in count["declined"]]  # type: ignore[attr-defined]
-    for name, timing in interleaved(functions, min_time).items():
-        results[name] = asdict(timing)
-    work = 1.0 + (family.backward_flops if backward else 0.0)
-    return {
-        "op": family.op,
-        "case": case.name,
-        "sizes": dict(case.sizes),
-        "curve": case.curve,
-        "dtype": plan.dtype,
-        "mode": plan.mode,
-        "threads": plan.threads,
-        "flops": case.flops * work,
-        # backward reads inputs and gradients again and writes as many: about twice forward's traffic
-        "bytes": case.values * dtype.itemsize * (3.0 if backward else 1.0),
-        "peaks": peaks,
-        "providers": results,
-        "declined": declined,
-    }
+        if name in providers:
+            results[name], call = _checked(name, bind, case, arguments, checker, backward)
+            if call is not None:
+                calls[name] = call
+
+    with torch.no_grad():
+        output = family.providers["eager"](case, arguments)()
+    needed = work.count(family, case, arguments, output, backward)
+    del output
+    calls["GEMM"], flops = work.matrix_product(dtype)
+    calls["copy"], traffic = work.copy(needed.bytes)
+    timings = interleaved(calls, min_time)
+    for name in results:
+        if name in timings:
+            results[name] = Result(**{**asdict(results[name]), **asdict(timings[name])})
+
+    backend, declined = _who_answered()
+    return Row(
+        op=family.op,
+        case=case.name,
+        sizes=dict(case.sizes),
+        curve=case.curve,
+        dtype=plan.dtype,
+        mode=plan.mode,
+        threads=plan.threads,
+        flops=needed.flops,
+        bytes=needed.bytes,
+        gemm_rate=flops / timings["GEMM"].median,
+        copy_rate=traffic / timings["copy"].median,
+        backend=backend,
+        declined=declined,
+        results=results,
+    )
+
+
+def _checked(
+    name: str,
+    bind: Callable[[Case, Arguments], Run],
+    case: Case,
+    arguments: Arguments,
+    checker: Checker,
+    backward: bool,
+) -> tuple[Result, Callable[[], object] | None]:
+    """What the check found, and the call to time, None where there is none."""
+    try:
+        if name == OURS and lwft_kernels.current_backend() == "reference":
+            raise NotOffered("the backend 'reference' is chosen: there is nothing of ours to time")
+        run = bind(case, arguments)
+        verdict = checker.ours(run, backward) if name == OURS else checker.peer(name, run, backward)
+        found = {"error": verdict.error, "allowed_error": verdict.allowed}
+        if verdict.complaint is not None:
+            return Result(WRONG, verdict.complaint, **found), None
+        call = _call(run, arguments, backward)
+        return Result(TIMED, peak_memory=peak_memory(call), **found), call
+    except NotOffered as reason:
+        return Result(NOT_OFFERED, str(reason)), None
+    except Exception as error:
+        return Result(FAILED, f"{type(error).__name__}: {error}".splitlines()[0]), None
+
+
+def _call(run: Run, arguments: Arguments, backward: bool) -> Callable[[], object]:
+    """What is timed: forward without autograd, or forward and the gradients of all that train."""
+    if not backward:
+
+        def forward() -> object:
+            with torch.no_grad():
+                return run()
+
+        call: Callable[[], object] = forward
+    else:
+        wanted = list(leaves(arguments).values())
+        out = run()
+        direction = normal(torch.Generator().manual_seed(1), out.dtype, *out.shape)
+        del out
+
+        def forward_and_backward() -> object:
+            return torch.autograd.grad(run(), wanted, direction)
+
+        call = forward_and_backward
+    call()  # a first call compiles, packs and allocates what later ones find
+    return call
+
+
+def _who_answered() -> tuple[str, tuple[str, ...]]:
+    """The backend of our calls since the statistics were reset, and why the fast path was declined if it was."""
+    counts: list[dict[str, Any]] = list(lwft_kernels.stats().values())
+    declined = tuple(dict.fromkeys(reason for count in counts for reason in count["declined"]))
+    native = any(count["fast"] for count in counts)
+    return ("native" if native and not declined else "reference" if declined else "-"), declined

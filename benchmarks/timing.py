@@ -1,6 +1,6 @@
 """Times several callables fairly: in turn, many rounds, medians.
 
-These machines are noisy and drift; a ratio of medians of interleaved rounds survives that, two separate runs do not.
+Machines are noisy and drift; a ratio of medians of interleaved rounds survives that, two separate runs do not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call."""
+    """Seconds of one call: median and quartiles over the rounds."""
 
     median: float
     first_quartile: float
@@ -40,10 +40,11 @@ def interleaved(functions: Mapping[str, Callable[[], object]], min_time: float) 
         once = min(_sample(function, 1), _sample(function, 1))
         calls[name] = max(1, round(SAMPLE_SECONDS / max(once, 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    deadline = time.perf_counter() + min_time * len(functions)
     enabled = gc.isenabled()
+    gc.collect()
     gc.disable()
     try:
+        deadline = time.perf_counter() + min_time * len(functions)
         for done in range(MOST_ROUNDS):
             if done >= LEAST_ROUNDS and time.perf_counter() > deadline:
                 break

@@ -1,0 +1,55 @@
+"""How much a call has to do at least, and how fast this machine does such work: what a time is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .case import Arguments, Case, Family, leaves
+
+SMALLEST_COPY, LARGEST_COPY = 2**12, 2**27  # bytes; the largest is beyond any cache
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations, and bytes read and written when nothing is read or written twice."""
+
+    flops: float
+    bytes: float
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for t in tensors}.values())
+
+
+def count(family: Family, case: Case, arguments: Arguments, output: Tensor, backward: bool) -> Work:
+    """The work of one call.
+
+    Forward reads the arguments and writes the output. Backward reads the output's gradient and the arguments again and
+    writes their gradients; what it keeps of forward (a bottleneck, statistics) is small beside that and not counted.
+    """
+    inputs = [value for value in arguments.values() if isinstance(value, Tensor)]
+    total = _bytes(inputs) + _bytes([output])
+    if backward:
+        total += _bytes(inputs) + _bytes([output]) + _bytes(leaves(arguments).values())
+    return Work(family.flops(case, arguments, backward), float(total))
+
+
+def matrix_product(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+    """A call of torch.mm, large enough for the threads in use to be near their best, and its operations."""
+    n = 512 if torch.get_num_threads() <= 4 else 2048
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    return (lambda: torch.mm(a, b)), 2.0 * n**3
+
+
+def copy(traffic: float) -> tuple[Callable[[], object], float]:
+    """A copy that reads and writes about `traffic` bytes in all, and its true traffic.
+
+    As many bytes as the call that it is held against, so that both find their data in the same level of the caches.
+    """
+    size = int(min(max(traffic, SMALLEST_COPY), LARGEST_COPY)) // 8
+    source, target = torch.ones(size), torch.ones(size)
+    return (lambda: target.copy_(source)), 8.0 * size
