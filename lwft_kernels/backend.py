@@ -135,9 +135,7 @@ def record_decline(op: str, reason: str) -> None:
 
 def stats() -> dict[str, dict[str, object]]:
     """Calls since the start or `reset_stats`, by op: ``{"fast": count, "declined": {reason: count}}``."""
-    return {
-        op: {"fast": _fast[op], "declined": dict(_declined.get(op, {}))} for op in sorted({*_fast, *_declined})
-    }
+    return {op: {"fast": _fast[op], "declined": dict(_declined.get(op, {}))} for op in sorted({*_fast, *_declined})}
 
 
 def reset_stats() -> None:

@@ -1,8 +1,8 @@
 """One oracle and one error measure for the whole suite: DESIGN, section 4, "Numbers".
 
 The oracle is the plain PyTorch reference in float64. A result is good when it is at most twice as far from the oracle
-as plain PyTorch in the tested dtype is; nobody picks a tolerance. On a handful of elements PyTorch may be exact by luck,
-so its error counts as at least that of the oracle itself rounded to the dtype, which nobody can beat.
+as plain PyTorch in the tested dtype is; nobody picks a tolerance. On a handful of elements PyTorch may be exact by
+luck, so its error counts as at least that of the oracle itself rounded to the dtype, which nobody can beat.
 """
 
 from __future__ import annotations

@@ -80,9 +80,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            q, k, v = (
-                F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True)
-            )
+            q, k, v = (F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True))
             return q, k, v
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if query is key and key is value:
@@ -98,7 +96,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _split_heads(self, projected: Tensor) -> Tensor:
         """(B, S, E) or (S, B, E) -> (B, H, S, D), a view the op reads as it is."""
-        split = projected.unflatten(-1, (self.num_heads, self.head_dim))
+        split: Tensor = projected.unflatten(-1, (self.num_heads, self.head_dim))
         return split.transpose(1, 2) if self.batch_first else split.permute(1, 2, 0, 3)
 
     def _merge_heads(self, heads: Tensor) -> Tensor:
@@ -168,10 +166,9 @@ class PrefixAttention(MultiheadAttention):
         super().__init__(embed_dim, num_heads, **kwargs)
         if prefix_length < 1:
             raise ValueError(f"PrefixAttention: prefix_length must be at least 1, got {prefix_length}")
-        factory = {"device": self.out_proj.weight.device, "dtype": self.out_proj.weight.dtype}
         shape = (1, num_heads, prefix_length, self.head_dim)
-        self.prefix_k = nn.Parameter(torch.empty(shape, **factory))
-        self.prefix_v = nn.Parameter(torch.empty(shape, **factory))
+        self.prefix_k = nn.Parameter(self.out_proj.weight.new_empty(shape))
+        self.prefix_v = nn.Parameter(self.out_proj.weight.new_empty(shape))
         nn.init.normal_(self.prefix_k, std=0.02)
         nn.init.normal_(self.prefix_v, std=0.02)
 
@@ -213,8 +210,8 @@ class PrefixAttention(MultiheadAttention):
 class MemoryAttention(nn.Module):
     """Attention of queries over a memory (context): o = sum_i softmax_i(scale * (B q) . (A m_i)) C m_i.
 
-    With one head and ``scale=1.0`` (the default) this is the read of end-to-end memory networks (Sukhbaatar et al. 2015,
-    eq. 1-2); with heads and ``scale=None`` it is scaled cross attention. `num_slots` adds learned keys and values that
+    With one head and ``scale=1.0`` (the default) this is the read of end-to-end memory networks (Sukhbaatar et al.
+    2015, eq. 1-2); with heads and ``scale=None`` it is scaled cross attention. `num_slots` adds learned keys and values that
     every query sees besides the memory (persistent memory, Sukhbaatar et al. 2019).
 
     Args:
@@ -286,8 +283,8 @@ class MemoryAttention(nn.Module):
             memory = memory.unsqueeze(0)
         if memory.dim() != 3 or memory.shape[0] not in (1, query.shape[0]):
             raise ValueError(
-                f"MemoryAttention: memory must have shape (B, L, memory_dim) with B = {query.shape[0]}, or (L, memory_dim), "
-                f"got {tuple(memory.shape)}"
+                f"MemoryAttention: memory must have shape (B, L, memory_dim) with B = {query.shape[0]}, or "
+                f"(L, memory_dim), got {tuple(memory.shape)}"
             )
         q = self._heads(self.q_proj(query))
         k, v = (self._heads(p(memory)).expand(query.shape[0], -1, -1, -1) for p in (self.k_proj, self.v_proj))
@@ -301,7 +298,8 @@ class MemoryAttention(nn.Module):
         return result
 
     def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        split: Tensor = projected.unflatten(-1, (self.num_heads, self.head_dim))
+        return split.transpose(1, 2)
 
     def extra_repr(self) -> str:
         slots = 0 if self.slot_k is None else self.slot_k.shape[2]

@@ -224,10 +224,7 @@ def test_compile_draws_dropout_anew():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
-    a = {
-        n: t.detach().float() if isinstance(t, torch.Tensor) else t
-        for n, t in make(9, 32, 8, norm=True).items()
-    }
+    a = {n: t.detach().float() if isinstance(t, torch.Tensor) else t for n, t in make(9, 32, 8, norm=True).items()}
     a["x"].requires_grad_()
     a["down_weight"].requires_grad_()
     with torch.autocast("cpu", dtype=dtype):

@@ -26,8 +26,10 @@ def to_numpy(tensor):
 
 
 def to_torch(array):
-    return torch.from_numpy(array).view(torch.bfloat16 if array.dtype == np.uint16 else torch.uint8).view(
-        DTYPES["bfloat16" if array.dtype == np.uint16 else array.dtype.name]
+    return (
+        torch.from_numpy(array)
+        .view(torch.bfloat16 if array.dtype == np.uint16 else torch.uint8)
+        .view(DTYPES["bfloat16" if array.dtype == np.uint16 else array.dtype.name])
     )
 
 
@@ -50,9 +52,7 @@ def test_forward_and_backward(level, dtype, activation, tokens, d, m):
 
     tensors = (x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
     arrays = [to_numpy(t) for t in tensors]
-    out, hidden, mean, rstd = lwft_harness.adapter_forward(
-        level, *arrays, kind, 1e-5, scale, SEED, OFFSET, p
-    )
+    out, hidden, mean, rstd = lwft_harness.adapter_forward(level, *arrays, kind, 1e-5, scale, SEED, OFFSET, p)
     grads = lwft_harness.adapter_backward(
         level, to_numpy(grad_out), arrays[0], arrays[1], arrays[3], arrays[5], arrays[6], hidden, mean, rstd,
         kind, scale, SEED, OFFSET, p,

@@ -1,4 +1,4 @@
-"""MultiheadAttention against torch's own in every mask form; PrefixAttention and MemoryAttention against plain PyTorch."""
+"""MultiheadAttention against torch's own in every mask form; PrefixAttention, MemoryAttention against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from ddp import assert_averages_gradients
 from oracle import assert_accurate
 from torch import nn
 
@@ -83,10 +84,8 @@ def assert_same(ours, theirs, inputs, **masks):
 def test_every_mask_form(attn, padding):
     ours, theirs = twins(batch_first=True)
     inputs = (torch.randn(B, S, E), torch.randn(B, L, E), torch.randn(B, L, E))
-    with pytest.warns(UserWarning) if _mixed(attn, padding) else contextlib.nullcontext():
-        assert_same(
-            ours, theirs, inputs, attn_mask=attn_masks()[attn], key_padding_mask=key_padding_masks()[padding]
-        )
+    with pytest.warns(UserWarning, match="mismatched") if _mixed(attn, padding) else contextlib.nullcontext():
+        assert_same(ours, theirs, inputs, attn_mask=attn_masks()[attn], key_padding_mask=key_padding_masks()[padding])
     assert lwft_kernels.stats()["attention"]["fast"] == 1
 
 
@@ -139,9 +138,7 @@ def test_self_attention_and_shared_key_value():
     ours, theirs = twins(batch_first=True)
     x, memory = torch.randn(B, S, E), torch.randn(B, L, E)
     for arguments in ((x, x, x), (x, memory, memory)):
-        torch.testing.assert_close(
-            ours(*arguments, need_weights=False)[0], theirs(*arguments, need_weights=False)[0]
-        )
+        torch.testing.assert_close(ours(*arguments, need_weights=False)[0], theirs(*arguments, need_weights=False)[0])
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -171,9 +168,7 @@ def test_inside_an_encoder_layer_in_training():
     twin.self_attn.load_state_dict(layer.self_attn.state_dict())
     x = torch.randn(B, S, E)
     padding = bool_mask(B, S)
-    torch.testing.assert_close(
-        twin(x, src_key_padding_mask=padding), layer(x, src_key_padding_mask=padding)
-    )
+    torch.testing.assert_close(twin(x, src_key_padding_mask=padding), layer(x, src_key_padding_mask=padding))
     assert lwft_kernels.stats()["attention"]["fast"] == 1
 
 
@@ -284,3 +279,8 @@ def test_autocast(dtype):
         mine, other = (m.float()(x, x, x, need_weights=False, key_padding_mask=padding)[0] for m in (module, theirs))
     assert mine.dtype == other.dtype == dtype
     assert_accurate({"out": mine}, {"out": other}, {"out": oracle})
+
+
+def test_trains_under_ddp(tmp_path):
+    module = "Calls(lwft.MultiheadAttention(32, 4, batch_first=True), lambda attend, x: attend(x, x, x)[0])"
+    assert_averages_gradients(module, 32, tmp_path / "store")

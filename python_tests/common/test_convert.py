@@ -35,9 +35,7 @@ def hard_float32(halves: np.ndarray) -> np.ndarray:
     finite = np.sort(halves[np.isfinite(halves)].astype(np.float64))
     middle = ((finite[:-1] + finite[1:]) / 2).astype(np.float32)
     up, down = np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(-np.inf))
-    special = np.array(
-        [np.inf, -np.inf, np.nan, 0.0, -0.0, 65504, 65519.996, 65520, 3.4e38, 1e-45], np.float32
-    )
+    special = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 65504, 65519.996, 65520, 3.4e38, 1e-45], np.float32)
     random = np.random.default_rng(1).integers(0, 2**32, 200_003, dtype=np.uint32).view(np.float32)
     return np.concatenate([halves.astype(np.float32), middle, up, down, special, -special, random])
 

@@ -17,9 +17,7 @@ def choose(wish: str | None) -> tuple[str, str]:
     if wish is not None:
         environment["LWFT_CPU_ISA"] = wish
     code = "import lwft_harness as h; print(h.chosen_level()); print(h.level_warning())"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     level, warning = result.stdout.splitlines()
     return level, warning
 

@@ -59,9 +59,7 @@ def test_rows_equal_the_scalar_stream(level: str, arithmetic: str, p: float) -> 
 def test_how_many_are_kept() -> None:
     """0.9 of 2 million, within 5 standard deviations; no two rows alike."""
     level = LEVELS[-1]
-    rows = [
-        lwft_harness.dropout_multipliers(level, "float32", 1, 2, 0.1, row, 0, 20_000) for row in range(100)
-    ]
+    rows = [lwft_harness.dropout_multipliers(level, "float32", 1, 2, 0.1, row, 0, 20_000) for row in range(100)]
     kept = np.stack(rows) != 0
     assert abs(kept.mean() - 0.9) < 5 * (0.09 / kept.size) ** 0.5
     assert len({row.tobytes() for row in kept}) == 100

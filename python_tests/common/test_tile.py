@@ -96,9 +96,7 @@ def test_products_of_few_rows(level: str, dtype: type, product: str) -> None:
 def test_panels(level: str, dtype: type, layout: str) -> None:
     """[panel][k][width], the last panel as wide as it must be, zeros in the padding; from every dtype."""
     lanes = lwft_harness.lanes(level, np.dtype(dtype).name)
-    for k, n in itertools.product(
-        [0, 1, 7, 16, 33], [0, 1, 5, lanes, 2 * lanes + 1, 4 * lanes, 9 * lanes + 3]
-    ):
+    for k, n in itertools.product([0, 1, 7, 16, 33], [0, 1, 5, lanes, 2 * lanes + 1, 4 * lanes, 9 * lanes + 3]):
         b = random_matrix(k, n, dtype, layout)
         for given in (b, to_bfloat16(b), b.astype(np.float16, order="K"), b.astype(np.float32, order="K")):
             panels = lwft_harness.pack_panels(level, given, np.dtype(dtype).name)

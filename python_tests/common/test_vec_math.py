@@ -31,9 +31,7 @@ def arguments(dtype: type, low: float, high: float) -> np.ndarray:
 @pytest.mark.parametrize("name", ["exp", "exp2", "tanh", "sigmoid"])
 def test_relative_error(level: str, dtype: type, name: str) -> None:
     # The ranges stay clear of subnormal results, where a relative error says nothing.
-    high = {("exp", np.float32): 87.0, ("exp", np.float64): 700.0, ("exp2", np.float32): 125.0}.get(
-        (name, dtype), 40.0
-    )
+    high = {("exp", np.float32): 87.0, ("exp", np.float64): 700.0, ("exp2", np.float32): 125.0}.get((name, dtype), 40.0)
     x = arguments(dtype, -min(high, 80.0) if name == "sigmoid" else -high, high)
     y = lwft_harness.unary(level, name, x)
     assert y.dtype == dtype
@@ -63,9 +61,7 @@ def test_special_values(level: str, dtype: type) -> None:
         "sigmoid": [0, 0, 0, 0.5, 0.5, 0.5, 1, 1, 1, nan],
     }
     for name, values in expected.items():
-        np.testing.assert_array_equal(
-            lwft_harness.unary(level, name, x), np.array(values, dtype), err_msg=name
-        )
+        np.testing.assert_array_equal(lwft_harness.unary(level, name, x), np.array(values, dtype), err_msg=name)
     erf = lwft_harness.unary(level, "erf", x)
     np.testing.assert_allclose(erf, [-1, -1, -1, 0, 0, 1.1283791671 * tiny, 1, 1, 1, nan], rtol=1e-6)
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from ddp import assert_averages_gradients
 from torch import nn
 
 import lwft_kernels
@@ -207,37 +204,6 @@ def test_a_step_of_training_lowers_the_loss():
     assert losses[-1] < 0.8 * losses[0] and torch.equal(model[0].weight, frozen)
 
 
-DISTRIBUTED = """
-import sys, torch
-from torch import nn
-from lwft_kernels.nn import LoRALinear, LowRankLinear
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-torch.manual_seed(0)
-layer = nn.Sequential(LoRALinear(24, 32, 4), LowRankLinear(32, 8, 4))
-nn.init.normal_(layer[0].lora_b)
-x = torch.randn(2, 5, 24)
-alone = layer(x).square().mean()
-alone.backward()
-expected = [p.grad.clone() for p in layer.parameters() if p.requires_grad]
-layer.zero_grad()
-parallel = nn.parallel.DistributedDataParallel(layer)
-parallel(x[rank]).square().mean().backward()
-for grad, p in zip(expected, (p for p in layer.parameters() if p.requires_grad), strict=True):
-    torch.testing.assert_close(p.grad, grad)
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_average_their_gradients(tmp_path):
-    root = str(Path(lwft_kernels.__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    command = [sys.executable, "-c", DISTRIBUTED]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=environment, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+def test_trains_under_ddp(tmp_path):
+    module = "nn.Sequential(lwft.LoRALinear(32, 24, 4), lwft.LowRankLinear(24, 32, 4))"
+    assert_averages_gradients(module, 32, tmp_path / "store")

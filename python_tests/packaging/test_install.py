@@ -38,9 +38,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the sources: setuptools writes beside what it packs."""
-    ignored = shutil.ignore_patterns(
-        ".*_cache", ".git", ".venv", "build", "results", "*.egg-info", "__pycache__"
-    )
+    ignored = shutil.ignore_patterns(".*_cache", ".git", ".venv", "build", "results", "*.egg-info", "__pycache__")
     return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=ignored))
 
 
@@ -107,9 +105,7 @@ def test_the_wheel_is_for_every_python(tree):
 def test_the_sdist_holds_all_that_a_build_needs(tree):
     pytest.importorskip("setuptools", minversion="77")
     (tree / "csrc" / "stray.so").touch()
-    result = run(
-        sys.executable, "-c", "import setuptools.build_meta as b; print(b.build_sdist('.'))", cwd=tree
-    )
+    result = run(sys.executable, "-c", "import setuptools.build_meta as b; print(b.build_sdist('.'))", cwd=tree)
     assert result.returncode == 0, result.stderr
     with tarfile.open(tree / result.stdout.splitlines()[-1]) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}

@@ -21,16 +21,12 @@ pytestmark = pytest.mark.skipif(shutil.which("nm") is None, reason="needs binuti
 # Beside torch's stable ABI: the C and C++ run-time libraries, whose symbols carry a version, and what the
 # linker itself puts in. std:: is there without a version where libtorch exports a copy of the template, too.
 STABLE_ABI = re.compile(r"(aoti_torch|torch)_[a-z0-9_]+")
-RUN_TIME = re.compile(
-    r".*@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+|_ITM_\w+|__gmon_start__|_ZNK?[RO]?(St|Ss|S[abiod]).*"
-)
+RUN_TIME = re.compile(r".*@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+|_ITM_\w+|__gmon_start__|_ZNK?[RO]?(St|Ss|S[abiod]).*")
 
 
 def symbols(path: Path, *options: str) -> list[tuple[str, str]]:
     """(type letter, name) of each symbol nm lists."""
-    lines = subprocess.run(
-        ["nm", *options, path], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    lines = subprocess.run(["nm", *options, path], capture_output=True, text=True, check=True).stdout.splitlines()
     return [(letter, name) for letter, name in (line.split()[-2:] for line in lines if line.split())]
 
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ddp import assert_averages_gradients
 
 import lwft_kernels
 from lwft_kernels.nn import BottleneckAdapter
 
 pytestmark = pytest.mark.usefixtures("native")
-
-HERE = Path(__file__).resolve().parent
 
 
 def random_adapter(*args, **options):
@@ -118,20 +113,4 @@ def test_constructor_errors(change, error, words):
 
 
 def test_trains_under_ddp(tmp_path):
-    package_parent = str(Path(lwft_kernels.__file__).resolve().parent.parent)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": package_parent,
-        "OMP_NUM_THREADS": "1",
-        "LWFT_BACKEND": "native",
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "ddp_worker.py"), str(rank), str(tmp_path / "store")],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for worker in workers:
-        output, _ = worker.communicate(timeout=120)
-        assert worker.returncode == 0, output
+    assert_averages_gradients('lwft.BottleneckAdapter(32, 8, "gelu", layer_norm=True)', 32, tmp_path / "store")
