@@ -24,8 +24,8 @@ constexpr int kStages = 2;
 // Shared memory: mean and rstd of the rows, then the stages. The bottleneck M is a template parameter since z is held in
 // M / 2 registers; the largest, 256, takes 91 KiB, within the 99 KiB of sm_86 and sm_120.
 template <int M>
-constexpr int kStageElements = (kRows + M) * (kChunk + kPad) > kChunk * (M + kPad) ? (kRows + M) * (kChunk + kPad)
-                                                                                   : kChunk * (M + kPad);
+constexpr int kStageElements = (kRows + M) * (kChunk + kPad) > kChunk*(M + kPad) ? (kRows + M) * (kChunk + kPad)
+                                                                                 : kChunk * (M + kPad);
 template <int M>
 constexpr size_t kSharedBytes = 2 * kRows * sizeof(float) + kStages * kStageElements<M> * sizeof(uint16_t);
 
@@ -200,7 +200,8 @@ LWFT_DEVICE void activate_hidden(const AdapterForward& p, int64_t first_row, flo
       const int64_t row = first_row + warp * 16 + lane / 4 + half * 8;
       float* pair = &z[j][2 * half];
       if (inside && row < p.tokens) {
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(p.hidden) + row * p.bottleneck + column) = pack<T>(pair[0], pair[1]);
+        *reinterpret_cast<uint32_t*>(static_cast<T*>(p.hidden) + row * p.bottleneck + column) =
+            pack<T>(pair[0], pair[1]);
       }
       h[j / 2][j % 2 * 2 + half] = pack<T>(activate(p.activation, pair[0]), activate(p.activation, pair[1]));
     }
@@ -275,7 +276,8 @@ LWFT_DEVICE void up_product(const AdapterForward& p, int64_t first_row, T* stage
 }
 
 template <class T, int M>
-LWFT_KERNEL(kThreads) adapter_forward_kernel(AdapterForward p) {
+LWFT_KERNEL(kThreads)
+adapter_forward_kernel(AdapterForward p) {
   float* mean = reinterpret_cast<float*>(shared_memory());
   float* rstd = mean + kRows;
   T* stages = reinterpret_cast<T*>(rstd + kRows);

@@ -18,7 +18,7 @@ std::string cpu_isa_warning_text() { return cpu_isa_warning(); }
 }  // namespace
 }  // namespace lwft
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) { 
+STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_warning() -> str");
 }

@@ -42,10 +42,10 @@ LWFT_HOST_DEVICE PhiloxWords philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2
 constexpr int64_t kPhiloxColumns = 64, kPhiloxLanes = 16;
 
 LWFT_HOST_DEVICE uint32_t philox_draw(uint64_t seed, uint64_t offset, int64_t row, int64_t col) {
-  const PhiloxWords words = philox4x32_10(
-      static_cast<uint32_t>(col / kPhiloxColumns * kPhiloxLanes + col % kPhiloxLanes), static_cast<uint32_t>(row),
-      static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32), static_cast<uint32_t>(offset),
-      static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  const PhiloxWords words =
+      philox4x32_10(static_cast<uint32_t>(col / kPhiloxColumns * kPhiloxLanes + col % kPhiloxLanes),
+                    static_cast<uint32_t>(row), static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32),
+                    static_cast<uint32_t>(offset), static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   // by comparison: an index known only at run time would put the words into a GPU thread's local memory
   const int64_t word = col % kPhiloxColumns / kPhiloxLanes;
   return word == 0 ? words.word[0] : word == 1 ? words.word[1] : word == 2 ? words.word[2] : words.word[3];

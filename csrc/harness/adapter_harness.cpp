@@ -1,4 +1,4 @@
-// The adapter by level, for python_tests/adapter/test_levels.py.
+// The adapter by level, for python_tests/adapter/test_levels.py and python_tests/cuda.
 #include "adapter/adapter.h"
 
 #include "harness/harness.h"
@@ -12,10 +12,11 @@ const void* data_or_null(const py::object& array) {
 }
 
 // Contiguous arrays of one dtype, parameters of one dtype; norm_weight and norm_bias may be None, the residual is x.
+// Level "cuda" is the CUDA kernel in its emulation; ValueError says why it declines.
 py::tuple forward(const std::string& level, const py::array& x, const py::array& down_weight,
                   const py::array& down_bias, const py::array& up_weight, const py::array& up_bias,
-                  const py::object& norm_weight, const py::object& norm_bias, int activation, double eps,
-                  double scale, uint64_t seed, uint64_t offset, double dropout_p) {
+                  const py::object& norm_weight, const py::object& norm_bias, int activation, double eps, double scale,
+                  uint64_t seed, uint64_t offset, double dropout_p) {
   AdapterForward p{};
   p.tokens = x.shape(0);
   p.model_dim = x.shape(1);
@@ -36,21 +37,24 @@ py::tuple forward(const std::string& level, const py::array& x, const py::array&
   p.dropout = make_dropout(seed, offset, dropout_p);
   py::array out = empty(p.dtype, {p.tokens, p.model_dim});
   py::array hidden = empty(p.param_dtype, {p.tokens, p.bottleneck});
-  py::array mean = empty(accumulate_dtype(p.dtype), {p.tokens}),
-            rstd = empty(accumulate_dtype(p.dtype), {p.tokens});
+  py::array mean = empty(accumulate_dtype(p.dtype), {p.tokens}), rstd = empty(accumulate_dtype(p.dtype), {p.tokens});
   p.out = out.mutable_data();
   p.hidden = hidden.mutable_data();
   p.mean = mean.mutable_data();
   p.rstd = rstd.mutable_data();
-  kernels(level).adapter->forward(p);
+  if (level == "cuda") {
+    if (const char* reason = adapter_cuda_declines(p)) throw py::value_error(reason);
+    adapter_forward_cuda(p, nullptr);
+  } else {
+    kernels(level).adapter->forward(p);
+  }
   return py::make_tuple(out, hidden, mean, rstd);
 }
 
 py::tuple backward(const std::string& level, const py::array& grad_out, const py::array& x,
                    const py::array& down_weight, const py::array& up_weight, const py::object& norm_weight,
-                   const py::object& norm_bias, const py::array& hidden, const py::array& mean,
-                   const py::array& rstd, int activation, double scale, uint64_t seed, uint64_t offset,
-                   double dropout_p) {
+                   const py::object& norm_bias, const py::array& hidden, const py::array& mean, const py::array& rstd,
+                   int activation, double scale, uint64_t seed, uint64_t offset, double dropout_p) {
   AdapterBackward p{};
   p.tokens = x.shape(0);
   p.model_dim = x.shape(1);

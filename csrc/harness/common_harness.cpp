@@ -82,15 +82,14 @@ py::array pack_panels(const std::string& level, const py::array& b, const std::s
 }
 
 // (m, ldc): the product, its padding, and `margin` more columns that must not be touched.
-py::array gemm(const std::string& level, const py::array& a, const py::array& b, const py::object& c,
-               int64_t margin) {
+py::array gemm(const std::string& level, const py::array& a, const py::array& b, const py::object& c, int64_t margin) {
   const DType type = arithmetic_type(a);
   const int64_t m = a.shape(0), k = a.shape(1), n = b.shape(1);
   const py::array panels = pack_panels(level, b, type == DType::f64 ? "float64" : "float32");
   const int64_t ldc = probes(level).padded(type, n) + margin;
   py::array out = product_buffer(type, m, ldc, c);
-  probes(level).gemm(type, m, n, k, a.data(), stride(a, 0), stride(a, 1), panels.data(), out.mutable_data(),
-                     ldc, !c.is_none());
+  probes(level).gemm(type, m, n, k, a.data(), stride(a, 0), stride(a, 1), panels.data(), out.mutable_data(), ldc,
+                     !c.is_none());
   return out;
 }
 
@@ -105,8 +104,7 @@ py::array pack_pair_panels(const std::string& level, const py::array& b) {
 py::array gemm_bfloat16(const std::string& level, const py::array& a, const py::array& b, const py::object& c,
                         int64_t margin, bool pack_a) {
   if (!probes(level).multiplies_bfloat16) throw py::value_error(level + " does not multiply bfloat16");
-  const int64_t m = a.shape(0), k = a.shape(1), n = b.shape(1),
-                ldc = probes(level).padded(DType::f32, n) + margin;
+  const int64_t m = a.shape(0), k = a.shape(1), n = b.shape(1), ldc = probes(level).padded(DType::f32, n) + margin;
   if (!pack_a && m > 0 && k > 0 && ((k > 1 && stride(a, 1) != 1) || (m > 1 && stride(a, 0) % 2 != 0)))
     throw py::value_error("a is no matrix of pairs");
   const py::array panels = pack_pair_panels(level, b);
@@ -128,20 +126,19 @@ py::array few_rows(decltype(Probes::dot_rows) product, int64_t n, const py::arra
   return out;
 }
 
-py::array dropout_multipliers(const std::string& level, const std::string& arithmetic, uint64_t seed,
-                              uint64_t offset, double p, int64_t row, int64_t col0, int64_t n) {
+py::array dropout_multipliers(const std::string& level, const std::string& arithmetic, uint64_t seed, uint64_t offset,
+                              double p, int64_t row, int64_t col0, int64_t n) {
   const DType type = dtype_by_name(arithmetic);
   py::array out = empty(type, {n});
   probes(level).dropout_multipliers(type, make_dropout(seed, offset, p), row, col0, n, out.mutable_data());
   return out;
 }
 
-py::array dropout_row(const std::string& level, uint64_t seed, uint64_t offset, double p, int64_t row,
-                      int64_t col0, const py::array& values) {
+py::array dropout_row(const std::string& level, uint64_t seed, uint64_t offset, double p, int64_t row, int64_t col0,
+                      const py::array& values) {
   py::array out = empty(arithmetic_type(values), {values.size()});
   out[py::ellipsis()] = values;
-  probes(level).dropout_row(dtype_of(out), make_dropout(seed, offset, p), row, col0, out.size(),
-                            out.mutable_data());
+  probes(level).dropout_row(dtype_of(out), make_dropout(seed, offset, p), row, col0, out.size(), out.mutable_data());
   return out;
 }
 
@@ -169,23 +166,25 @@ void bind_common(py::module_& m) {
   m.def("pack_panels", pack_panels, arg("level"), arg("b"), arg("arithmetic"));
   m.def("multiplies_bfloat16", [](const std::string& level) { return probes(level).multiplies_bfloat16; });
   m.def("pack_pair_panels", pack_pair_panels, arg("level"), arg("b"));
-  m.def("gemm_bfloat16", gemm_bfloat16, arg("level"), arg("a"), arg("b"), arg("c") = py::none(),
-        arg("margin") = 0, arg("pack_a") = false);
+  m.def("gemm_bfloat16", gemm_bfloat16, arg("level"), arg("a"), arg("b"), arg("c") = py::none(), arg("margin") = 0,
+        arg("pack_a") = false);
   m.def("gemm", gemm, arg("level"), arg("a"), arg("b"), arg("c") = py::none(), arg("margin") = 0);
   m.def(
       "dot_rows",
-      [](const std::string& level, const py::array& a, const py::array& b, const py::object& c,
-         int64_t margin) { return few_rows(probes(level).dot_rows, b.shape(0), a, b, c, margin); },
+      [](const std::string& level, const py::array& a, const py::array& b, const py::object& c, int64_t margin) {
+        return few_rows(probes(level).dot_rows, b.shape(0), a, b, c, margin);
+      },
       arg("level"), arg("a"), arg("b"), arg("c") = py::none(), arg("margin") = 0);
   m.def(
       "combine_rows",
-      [](const std::string& level, const py::array& a, const py::array& b, const py::object& c,
-         int64_t margin) { return few_rows(probes(level).combine_rows, b.shape(1), a, b, c, margin); },
+      [](const std::string& level, const py::array& a, const py::array& b, const py::object& c, int64_t margin) {
+        return few_rows(probes(level).combine_rows, b.shape(1), a, b, c, margin);
+      },
       arg("level"), arg("a"), arg("b"), arg("c") = py::none(), arg("margin") = 0);
-  m.def("dropout_multipliers", dropout_multipliers, arg("level"), arg("arithmetic"), arg("seed"),
-        arg("offset"), arg("p"), arg("row"), arg("col0"), arg("n"));
-  m.def("dropout_row", dropout_row, arg("level"), arg("seed"), arg("offset"), arg("p"), arg("row"),
-        arg("col0"), arg("values"));
+  m.def("dropout_multipliers", dropout_multipliers, arg("level"), arg("arithmetic"), arg("seed"), arg("offset"),
+        arg("p"), arg("row"), arg("col0"), arg("n"));
+  m.def("dropout_row", dropout_row, arg("level"), arg("seed"), arg("offset"), arg("p"), arg("row"), arg("col0"),
+        arg("values"));
   m.def("philox", philox, arg("counter"), arg("key"));
   m.def("philox_draw", philox_draw, arg("seed"), arg("offset"), arg("row"), arg("col"));
   m.def("run_tasks", run_tasks, arg("level"), arg("tasks"), arg("fail") = false);

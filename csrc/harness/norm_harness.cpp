@@ -21,7 +21,8 @@ py::tuple forward(const std::string& level, const py::array& x, const py::array&
   p.eps = eps;
   p.dropout = make_dropout(seed, offset, dropout_p);
   py::array out = empty(p.out_dtype, {p.tokens, p.model_dim});
-  py::array mean = empty(accumulate_dtype(p.out_dtype), {p.tokens}), rstd = empty(accumulate_dtype(p.out_dtype), {p.tokens});
+  py::array mean = empty(accumulate_dtype(p.out_dtype), {p.tokens}),
+            rstd = empty(accumulate_dtype(p.out_dtype), {p.tokens});
   p.out = out.mutable_data();
   p.mean = mean.mutable_data();
   p.rstd = rstd.mutable_data();

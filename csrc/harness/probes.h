@@ -30,12 +30,12 @@ struct Probes {
   bool multiplies_bfloat16;
   // panels and a are arrays of pairs, k, a_row and a_col counted in pairs; gemm_pairs is null without the above
   void (*pack_pair_panels)(ProbeMatrix b, int64_t k, int64_t n, void* panels);
-  void (*gemm_pairs)(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
-                     const void* panels, float* c, int64_t ldc, bool accumulate);
-  void (*dot_rows)(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b,
-                   void* c, int64_t ldc, bool accumulate);
-  void (*combine_rows)(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b,
-                       void* c, int64_t ldc, bool accumulate);
+  void (*gemm_pairs)(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col, const void* panels,
+                     float* c, int64_t ldc, bool accumulate);
+  void (*dot_rows)(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b, void* c,
+                   int64_t ldc, bool accumulate);
+  void (*combine_rows)(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b, void* c,
+                       int64_t ldc, bool accumulate);
   void (*dropout_multipliers)(DType type, const Dropout&, int64_t row, int64_t col0, int64_t n, void* out);
   void (*dropout_row)(DType type, const Dropout&, int64_t row, int64_t col0, int64_t n, void* values);
   // results[i] = i, by way of scratch memory; with `fail` one task asks for too much of it

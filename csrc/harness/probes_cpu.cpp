@@ -39,8 +39,7 @@ void unary(DType type, Unary function, int64_t n, const void* x, void* y) {
     using T = decltype(zero);
     for (int64_t i = 0; i < n; i += kLanes<T>) {
       const int64_t count = minimum<int64_t>(kLanes<T>, n - i);
-      store_first(static_cast<T*>(y) + i, apply(function, load_first(static_cast<const T*>(x) + i, count)),
-                  count);
+      store_first(static_cast<T*>(y) + i, apply(function, load_first(static_cast<const T*>(x) + i, count)), count);
     }
   });
 }
@@ -64,9 +63,7 @@ void convert(DType from_dtype, const void* from, int64_t stride, int64_t n, DTyp
   });
 }
 
-int64_t padded_columns(DType type, int64_t n) {
-  return type == DType::f64 ? padded<double>(n) : padded<float>(n);
-}
+int64_t padded_columns(DType type, int64_t n) { return type == DType::f64 ? padded<double>(n) : padded<float>(n); }
 
 void pack(DType type, ProbeMatrix b, int64_t k, int64_t n, void* panels) {
   visit_arithmetic(type, [&](auto zero) {
@@ -81,8 +78,8 @@ void multiply(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_
               const void* panels, void* c, int64_t ldc, bool accumulate) {
   visit_arithmetic(type, [&](auto zero) {
     using T = decltype(zero);
-    gemm(m, n, k, static_cast<const T*>(a), a_row, a_col, static_cast<const T*>(panels), static_cast<T*>(c),
-         ldc, mode_of(accumulate));
+    gemm(m, n, k, static_cast<const T*>(a), a_row, a_col, static_cast<const T*>(panels), static_cast<T*>(c), ldc,
+         mode_of(accumulate));
   });
 }
 
@@ -91,17 +88,17 @@ void pack_pairs(ProbeMatrix b, int64_t k, int64_t n, void* panels) {
 }
 
 #if defined(__AVX512BF16__)
-void multiply_pairs(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
-                    const void* panels, float* c, int64_t ldc, bool accumulate) {
-  gemm(m, n, k, static_cast<const BFloat16Pair*>(a), a_row, a_col, static_cast<const BFloat16Pair*>(panels),
-       c, ldc, mode_of(accumulate));
+void multiply_pairs(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col, const void* panels,
+                    float* c, int64_t ldc, bool accumulate) {
+  gemm(m, n, k, static_cast<const BFloat16Pair*>(a), a_row, a_col, static_cast<const BFloat16Pair*>(panels), c, ldc,
+       mode_of(accumulate));
 }
 #else
 constexpr decltype(Probes::gemm_pairs) multiply_pairs = nullptr;
 #endif
 
-void dot(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b, void* c,
-         int64_t ldc, bool accumulate) {
+void dot(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b, void* c, int64_t ldc,
+         bool accumulate) {
   visit_arithmetic(type, [&](auto zero) {
     using T = decltype(zero);
     dot_rows(m, n, k, static_cast<const T*>(a), lda, b.dtype, b.data, b.row_stride, static_cast<T*>(c), ldc,
@@ -113,20 +110,18 @@ void combine(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t
              int64_t ldc, bool accumulate) {
   visit_arithmetic(type, [&](auto zero) {
     using T = decltype(zero);
-    combine_rows(m, n, k, static_cast<const T*>(a), lda, b.dtype, b.data, b.row_stride, static_cast<T*>(c),
-                 ldc, mode_of(accumulate));
+    combine_rows(m, n, k, static_cast<const T*>(a), lda, b.dtype, b.data, b.row_stride, static_cast<T*>(c), ldc,
+                 mode_of(accumulate));
   });
 }
 
 void multipliers(DType type, const Dropout& dropout, int64_t row, int64_t col0, int64_t n, void* out) {
-  visit_arithmetic(type, [&](auto zero) {
-    dropout_multipliers(dropout, row, col0, n, static_cast<decltype(zero)*>(out));
-  });
+  visit_arithmetic(type,
+                   [&](auto zero) { dropout_multipliers(dropout, row, col0, n, static_cast<decltype(zero)*>(out)); });
 }
 
 void drop(DType type, const Dropout& dropout, int64_t row, int64_t col0, int64_t n, void* values) {
-  visit_arithmetic(
-      type, [&](auto zero) { dropout_row(dropout, row, col0, n, static_cast<decltype(zero)*>(values)); });
+  visit_arithmetic(type, [&](auto zero) { dropout_row(dropout, row, col0, n, static_cast<decltype(zero)*>(values)); });
 }
 
 void run_numbered_tasks(int64_t tasks, bool fail, int64_t* results) {
@@ -174,9 +169,8 @@ double peak_flops(DType type, double seconds) {
 }  // namespace
 
 extern const Probes probes;
-const Probes probes = {lanes,     unary,    sum_and_max,         convert,    padded_columns,
-                       pack,      multiply, kMultipliesBFloat16, pack_pairs, multiply_pairs,
-                       dot,       combine,  multipliers,         drop,       run_numbered_tasks,
-                       peak_flops};
+const Probes probes = {
+    lanes,      unary,          sum_and_max, convert, padded_columns, pack, multiply,           kMultipliesBFloat16,
+    pack_pairs, multiply_pairs, dot,         combine, multipliers,    drop, run_numbered_tasks, peak_flops};
 
 }  // namespace lwft::LWFT_ISA

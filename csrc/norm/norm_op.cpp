@@ -36,9 +36,11 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x_in, co
   return {out, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
-    const Tensor& grad_in, const Tensor& x_in, const Tensor& sublayer_in, const MaybeTensor& weight_in,
-    const Tensor& mean, const Tensor& rstd, const MaybeTensor& seed, double dropout_p, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_in, const Tensor& x_in,
+                                                                   const Tensor& sublayer_in,
+                                                                   const MaybeTensor& weight_in, const Tensor& mean,
+                                                                   const Tensor& rstd, const MaybeTensor& seed,
+                                                                   double dropout_p, int64_t needs) {
   const Tensor grad_out = with_unit_rows(grad_in), x = with_unit_rows(x_in), sublayer_out = with_unit_rows(sublayer_in);
   const MaybeTensor weight = as_contiguous(weight_in);
   const Wanted wanted(needs);

@@ -20,8 +20,8 @@ int failures = 0;
 void check(bool holds, const char* isa, const char* what, int64_t m = 0, int64_t n = 0, int64_t k = 0) {
   if (holds) return;
   ++failures;
-  std::fprintf(stderr, "FAILED on %s: %s (%ld, %ld, %ld)\n", isa, what, static_cast<long>(m),
-               static_cast<long>(n), static_cast<long>(k));
+  std::fprintf(stderr, "FAILED on %s: %s (%ld, %ld, %ld)\n", isa, what, static_cast<long>(m), static_cast<long>(n),
+               static_cast<long>(k));
 }
 
 // Small whole numbers: exact in every type, and so are their sums.
@@ -161,8 +161,7 @@ void test_scratch() {
       auto* const third = static_cast<double*>(lwft::workspace_take(3, sizeof(double)));
       third[0] = third[2] = 1.5;
       check(first[0] == 'a' && first[bytes - 1] == 'a', "any level", "scratch of a scope still open");
-      for (const void* piece :
-           {static_cast<void*>(first), static_cast<void*>(second), static_cast<void*>(third)}) {
+      for (const void* piece : {static_cast<void*>(first), static_cast<void*>(second), static_cast<void*>(third)}) {
         check(reinterpret_cast<uintptr_t>(piece) % 64 == 0, "any level", "alignment of scratch");
       }
       lwft::workspace_release(middle);

@@ -8,7 +8,8 @@ using namespace lwft::tests;
 
 template <class T>
 void test_sizes(const CpuKernels& level, int64_t tokens, int64_t d, double dropout_p) {
-  const auto x = random_values<T>(tokens * d, 1), u = random_values<T>(tokens * d, 2), g = random_values<T>(tokens * d, 3);
+  const auto x = random_values<T>(tokens * d, 1), u = random_values<T>(tokens * d, 2),
+             g = random_values<T>(tokens * d, 3);
   const auto weight = random_values<T>(d, 4), bias = random_values<T>(d, 5);
   std::vector<T> out(x.size()), mean(tokens), rstd(tokens), dx(x.size()), du(x.size()), dweight(d), dbias(d);
 

@@ -79,20 +79,17 @@ inline Lanes<float, N> widen_float16(Lanes<uint16_t, N> half) {
   const Bits magnitude = (bits & 0x7FFFu) << 13;
   const Bits rebiased = bit_cast<Bits>(bit_cast<Lanes<float, N>>(magnitude) * 0x1p112f);
   const Bits special = magnitude | 0x7F800000u;
-  return bit_cast<Lanes<float, N>>(((bits & 0x8000u) << 16) |
-                                   select(magnitude >= (0x7C00u << 13), special, rebiased));
+  return bit_cast<Lanes<float, N>>(((bits & 0x8000u) << 16) | select(magnitude >= (0x7C00u << 13), special, rebiased));
 }
 
 template <int N>
 inline Lanes<uint16_t, N> narrow_float16(Lanes<float, N> v) {
 #if defined(__AVX512F__)
   if constexpr (N == 16)
-    return (Lanes<uint16_t, N>)_mm512_maskz_cvtps_ph(0xFFFF, v,
-                                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (Lanes<uint16_t, N>)_mm512_maskz_cvtps_ph(0xFFFF, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
 #if defined(__F16C__)
-  if constexpr (N == 8)
-    return (Lanes<uint16_t, N>)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  if constexpr (N == 8) return (Lanes<uint16_t, N>)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
 #if defined(__aarch64__)
   if constexpr (N == 4) return (Lanes<uint16_t, N>)vcvt_f16_f32(v);
@@ -120,10 +117,8 @@ inline Vec<T> load_as(const Storage* from) {
   } else if constexpr (sizeof(Storage) == 2) {
     Lanes<uint16_t, N> half;
     __builtin_memcpy(&half, from, sizeof(half));
-    if constexpr (std::is_same_v<Storage, BFloat16>)
-      return __builtin_convertvector(widen_bfloat16<N>(half), Vec<T>);
-    if constexpr (std::is_same_v<Storage, Float16>)
-      return __builtin_convertvector(widen_float16<N>(half), Vec<T>);
+    if constexpr (std::is_same_v<Storage, BFloat16>) return __builtin_convertvector(widen_bfloat16<N>(half), Vec<T>);
+    if constexpr (std::is_same_v<Storage, Float16>) return __builtin_convertvector(widen_float16<N>(half), Vec<T>);
   } else {
     Lanes<Storage, N> v;
     __builtin_memcpy(&v, from, sizeof(v));
@@ -245,8 +240,7 @@ inline void store_row(DType dtype, const T* from, int64_t n, void* base, int64_t
 
 // The row as T: where it lies, if it already is T with unit stride, else converted into scratch (n elements).
 template <class T>
-inline const T* view_row(DType dtype, const void* base, int64_t offset, int64_t n, T* scratch,
-                         int64_t stride = 1) {
+inline const T* view_row(DType dtype, const void* base, int64_t offset, int64_t n, T* scratch, int64_t stride = 1) {
   if (dtype == dtype_of<T>() && stride == 1) return static_cast<const T*>(base) + offset;
   load_row(dtype, base, offset, n, scratch, stride);
   return scratch;
@@ -263,11 +257,10 @@ struct Tile {
 
 // `rows` rows of n elements as T: where they lie, or converted into scratch (rows * n elements).
 template <class T>
-inline Tile<T> view_tile(DType dtype, const void* base, int64_t offset, int64_t row_stride, int64_t rows,
-                         int64_t n, T* scratch, int64_t col_stride = 1) {
+inline Tile<T> view_tile(DType dtype, const void* base, int64_t offset, int64_t row_stride, int64_t rows, int64_t n,
+                         T* scratch, int64_t col_stride = 1) {
   if (dtype == dtype_of<T>() && col_stride == 1) return {static_cast<const T*>(base) + offset, row_stride};
-  for (int64_t i = 0; i < rows; ++i)
-    load_row(dtype, base, offset + i * row_stride, n, scratch + i * n, col_stride);
+  for (int64_t i = 0; i < rows; ++i) load_row(dtype, base, offset + i * row_stride, n, scratch + i * n, col_stride);
   return {scratch, n};
 }
 

@@ -74,8 +74,8 @@ Choice choose() {
     }
     reason = "this machine cannot run it";
   }
-  std::snprintf(choice.warning, sizeof(choice.warning), "LWFT_CPU_ISA=%.40s ignored: %s; using %s", wish,
-                reason, kLevels[choice.level].isa);
+  std::snprintf(choice.warning, sizeof(choice.warning), "LWFT_CPU_ISA=%.40s ignored: %s; using %s", wish, reason,
+                kLevels[choice.level].isa);
   return choice;
 }
 

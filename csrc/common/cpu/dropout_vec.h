@@ -58,8 +58,7 @@ inline void philox_draw_block(const Dropout& dropout, int64_t row, int64_t block
     const PhiloxWordLanes odd = philox_every_second(dropout, row, counter + 1);
 #pragma GCC unroll 4
     for (int w = 0; w < 4; ++w) {
-      store(draws + w * kPhiloxLanes + lane,
-            bit_cast<Vec<uint32_t>>((even.word[w] & kLowHalf) | (odd.word[w] << 32)));
+      store(draws + w * kPhiloxLanes + lane, bit_cast<Vec<uint32_t>>((even.word[w] & kLowHalf) | (odd.word[w] << 32)));
     }
   }
 }

@@ -152,8 +152,7 @@ void* workspace_take(size_t count, size_t element_size) {
 #else
   const size_t bytes = (wanted + kAlignment - 1) / kAlignment * kAlignment;
 #endif
-  if (mine.current == nullptr)
-    mine.first = mine.current = new_block(bytes > kFirstBlock ? bytes : kFirstBlock);
+  if (mine.current == nullptr) mine.first = mine.current = new_block(bytes > kFirstBlock ? bytes : kFirstBlock);
   while (mine.current->capacity - mine.current->used < bytes) {
     if (mine.current->next == nullptr) {
       const size_t doubled = 2 * mine.current->capacity;

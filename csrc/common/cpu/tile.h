@@ -51,8 +51,8 @@ constexpr int64_t panel_size(int64_t k, int64_t n) {
 // where either stride is 1: col_stride for B as it lies, row_stride for a B given as its transpose (a weight
 // (n, k)).
 template <class T>
-void pack_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k,
-                 int64_t n, T* panels);
+void pack_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
+                 T* panels);
 
 // What sums of products of T are kept in.
 template <class T>
@@ -65,8 +65,8 @@ using SumOf = typename SumType<T>::type;
 // C[m, n] (+)= A B; A(i, l) = a[i * a_row + l * a_col], B packed by pack_panels, ldc >= padded<T>(n). The
 // columns from j on, j a multiple of kPanelColumns<T>, are a product of their own: panels + j * k, c + j.
 template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels,
-          SumOf<T>* c, int64_t ldc, Mode mode);
+void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels, SumOf<T>* c,
+          int64_t ldc, Mode mode);
 
 // ---- bfloat16 times bfloat16 with sums in float, at twice the rate, on machines that multiply pairs of them
 
@@ -92,8 +92,8 @@ constexpr int64_t pairs(int64_t k) { return ceil_div(k, 2); }
 
 // pack_panels of a bfloat16 or float32 (k, n) matrix, rounded to bfloat16: pairs(k) rows of pairs. Fast where
 // col_stride is 1, or row_stride is 1 and the matrix is a bfloat16 one of even col_stride.
-void pack_pair_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k,
-                      int64_t n, BFloat16Pair* panels);
+void pack_pair_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
+                      BFloat16Pair* panels);
 
 // ---- few rows ----
 
@@ -105,10 +105,10 @@ void pack_pair_panels(DType dtype, const void* source, int64_t row_stride, int64
 //
 // A (m, k) and C (m, n) are row-major; of C exactly n columns are written.
 template <class T>
-void dot_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b,
-              int64_t ldb, T* c, int64_t ldc, Mode mode);
+void dot_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b, int64_t ldb, T* c,
+              int64_t ldc, Mode mode);
 template <class T>
-void combine_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b,
-                  int64_t ldb, T* c, int64_t ldc, Mode mode);
+void combine_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, DType b_dtype, const void* b, int64_t ldb,
+                  T* c, int64_t ldc, Mode mode);
 
 }  // namespace lwft::LWFT_ISA

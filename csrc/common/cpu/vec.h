@@ -104,10 +104,8 @@ inline void store(T* to, Vec<T> v) {
 template <class T>
 inline Vec<T> load_first(const T* from, int64_t n) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>)
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from);
-  if constexpr (std::is_same_v<T, double>)
-    return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), from);
+  if constexpr (std::is_same_v<T, float>) return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from);
+  if constexpr (std::is_same_v<T, double>) return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), from);
 #endif
   T lanes[kLanes<T>] = {};
   __builtin_memcpy(lanes, from, static_cast<size_t>(n) * sizeof(T));
@@ -135,8 +133,7 @@ inline void store_first(T* to, Vec<T> v, int64_t n) {
 
 template <class T>
 inline Vec<T> broadcast(T x) {
-  return x -
-         Vec<T>{};  // x - 0 is x for every x (x + 0 is not: -0), so the compiler leaves just the broadcast
+  return x - Vec<T>{};  // x - 0 is x for every x (x + 0 is not: -0), so the compiler leaves just the broadcast
 }
 
 // 0, 1, 2, ...

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -86,6 +87,8 @@ struct Block {
   std::vector<unsigned char> shared;
   std::function<void()> body;
   FiberContext scheduler{};
+  const void* scheduler_stack = nullptr;  // for AddressSanitizer, with its size
+  size_t scheduler_stack_bytes = 0;
   int running = -1;
   int alive = 0, at_barrier = 0;
   uint64_t barrier_generation = 0;
@@ -104,7 +107,8 @@ inline void to_scheduler(bool for_good) {
   Block& block = *current;
   Fiber& fiber = block.fiber();
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.sanitizer_stack, nullptr, 0);
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.sanitizer_stack, block.scheduler_stack,
+                                 block.scheduler_stack_bytes);
 #endif
   switch_fiber(fiber.context, block.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
@@ -113,11 +117,13 @@ inline void to_scheduler(bool for_good) {
   static_cast<void>(for_good);
 }
 
-// Ends the launch with an error. The fibers are left where they stand: a kernel owns nothing.
-[[noreturn]] inline void fail(const std::string& what) {
+// Ends the launch with an error, put together from `parts`. The fibers are left where they stand, so nothing on their
+// stacks may own memory: hence no strings here.
+[[noreturn]] inline void fail(std::initializer_list<const char*> parts) {
   Block& block = *current;
   if (block.error.empty()) {
-    block.error = what + " (block " + std::to_string(block.index) + ", thread " + std::to_string(block.fiber().thread) + ")";
+    for (const char* part : parts) block.error += part;
+    block.error += " (block " + std::to_string(block.index) + ", thread " + std::to_string(block.fiber().thread) + ")";
   }
   for (;;) to_scheduler(false);
 }
@@ -136,7 +142,7 @@ inline void warp_instruction(const char* name, Operation operation) {
   Warp& warp = current->warp();
   if (warp.arrived == 0) warp.instruction = name;
   if (std::strcmp(warp.instruction, name) != 0) {
-    fail(std::string("lanes of one warp meet in ") + warp.instruction + " and " + name);
+    fail({"lanes of one warp meet in ", warp.instruction, " and ", name});
   }
   if (++warp.arrived < kWarpLanes) return wait_while(warp.generation);
   operation(warp);
@@ -145,12 +151,12 @@ inline void warp_instruction(const char* name, Operation operation) {
 }
 
 inline void check_aligned(const void* address, const char* what) {
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) fail(std::string(what) + " at an address that is not a multiple of 16");
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) fail({what, " at an address that is not a multiple of 16"});
 }
 
 inline void fiber_entry() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(nullptr, &current->scheduler_stack, &current->scheduler_stack_bytes);
 #endif
   current->body();
   current->fiber().done = true;
@@ -278,8 +284,8 @@ inline Float16 from_float<Float16>(float x) {
   if (x != x) return {0x7E00};
   if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7C00)};
   int exponent;
-  std::frexp(magnitude, &exponent);  // magnitude < 2^exponent
-  const int unit = exponent - 11 < -24 ? -24 : exponent - 11;
+  std::frexp(magnitude, &exponent);  // magnitude < 2^exponent, but for zero
+  const int unit = magnitude == 0.0f || exponent - 11 < -24 ? -24 : exponent - 11;
   const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, -unit)));  // to nearest even
   // steps of 2^unit; a carry to 2048 runs into the exponent by itself
   const uint32_t bits = unit == -24 ? steps : (static_cast<uint32_t>(unit + 24) << 10) + steps;
@@ -356,7 +362,8 @@ inline void copy_wait() {
 
 inline void block_barrier() {
   emulation::Block& block = *emulation::current;
-  if (++block.at_barrier < static_cast<int>(block.fibers.size())) return emulation::wait_while(block.barrier_generation);
+  if (++block.at_barrier < static_cast<int>(block.fibers.size()))
+    return emulation::wait_while(block.barrier_generation);
   block.at_barrier = 0;
   ++block.barrier_generation;
 }

@@ -1,0 +1,38 @@
+"""What nvcc makes of the CUDA kernels: no GPU needed, only the toolkit. (Spilled registers already fail the build.)"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+
+
+def entries(source, tmp_path):
+    """Name and PTX of each kernel."""
+    ptx = tmp_path / "kernels.ptx"
+    command = [NVCC, "-std=c++20", f"-I{CSRC}", "-ptx", "-arch=compute_80", "-o", ptx, CSRC / source]
+    subprocess.run(command, check=True)
+    text = ptx.read_text()
+    starts = [match.start() for match in re.finditer(r"^(\.visible |\.weak )?\.entry ", text, re.MULTILINE)]
+    return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
+
+
+def test_adapter_forward_is_of_tensor_core_instructions(tmp_path):
+    kernels = entries("adapter/adapter_cuda.cu", tmp_path)
+    assert len(kernels) == 6  # 2 dtypes, 3 sizes of bottleneck
+    for kernel in kernels:
+        element, bottleneck = re.search(r"(BFloat16|7Float16)ELi(\d+)", kernel).groups()
+        m, chunk = int(bottleneck), 64
+        kind = "bf16.bf16" if element == "BFloat16" else "f16.f16"
+        # both products, unrolled: 16 x 8 x 16 each, for the 16 rows of a warp
+        assert kernel.count(f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.f32") == 2 * (m // 8) * (chunk // 16)
+        assert kernel.count("ldmatrix.sync.aligned.m8n8.x4.shared.b16") == chunk // 16 + 2 * (m // 16) * (chunk // 16)
+        assert "cp.async.cg.shared.global" in kernel
+        assert ".local" not in kernel, "an array is indexed by a value known only at run time"
