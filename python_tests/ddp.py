@@ -20,7 +20,7 @@ import lwft_kernels.nn
 
 
 def assert_averages_gradients(module: str, width: int, store: Path) -> None:
-    """`module`: an expression over torch's `nn`, `lwft` (lwft_kernels.nn) and `Calls`; `store`: a file not yet there."""
+    """`module`: an expression over torch's `nn`, `lwft` (lwft_kernels.nn) and `Calls`; `store`: a file yet to be."""
     package_parent = str(Path(lwft_kernels.__file__).resolve().parent.parent)
     environment = {**os.environ, "PYTHONPATH": package_parent, "OMP_NUM_THREADS": "1", "LWFT_BACKEND": "native"}
     processes = [

@@ -211,8 +211,8 @@ class MemoryAttention(nn.Module):
     """Attention of queries over a memory (context): o = sum_i softmax_i(scale * (B q) . (A m_i)) C m_i.
 
     With one head and ``scale=1.0`` (the default) this is the read of end-to-end memory networks (Sukhbaatar et al.
-    2015, eq. 1-2); with heads and ``scale=None`` it is scaled cross attention. `num_slots` adds learned keys and values that
-    every query sees besides the memory (persistent memory, Sukhbaatar et al. 2019).
+    2015, eq. 1-2); with heads and ``scale=None`` it is scaled cross attention. `num_slots` adds learned keys and values
+    that every query sees besides the memory (persistent memory, Sukhbaatar et al. 2019).
 
     Args:
         embed_dim: width of queries and result.
