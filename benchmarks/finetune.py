@@ -114,9 +114,7 @@ def alternate(
     """Train both variants on the same batches, a step each in turn; who goes first changes from step to step."""
     classes = len(batches.task.labels)
     runs = {name: Run() for name in VARIANTS}
-    trainers = {
-        name: Trainer(options, classes, ours=name == "accelerated", dropout=dropout) for name in VARIANTS
-    }
+    trainers = {name: Trainer(options, classes, ours=name == "accelerated", dropout=dropout) for name in VARIANTS}
     bar = progress.add_task(title, total=2 * steps)
     held_out = batches.held_out() if dropout else []
     for name in VARIANTS if dropout else ():
@@ -219,9 +217,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             options, batches, options.check_steps, dropout=False, progress=progress, title="dropout off"
         )
         lwft_kernels.reset_stats()
-        runs, trainers = alternate(
-            options, batches, options.steps, dropout=True, progress=progress, title="dropout on"
-        )
+        runs, trainers = alternate(options, batches, options.steps, dropout=True, progress=progress, title="dropout on")
         counts = lwft_kernels.stats()
         bar = progress.add_task("peak memory", total=2 if options.memory else 0)
         for name in VARIANTS if options.memory else ():
@@ -252,9 +248,7 @@ def speedup(runs: dict[str, Run]) -> float:
 
 @click.command()
 @click.option("--method", type=click.Choice(METHOD_NAMES), default="lora", show_default=True)
-@click.option(
-    "--steps", default=Options.steps, show_default=True, help="Steps of each variant, with dropout on."
-)
+@click.option("--steps", default=Options.steps, show_default=True, help="Steps of each variant, with dropout on.")
 @click.option(
     "--check-steps",
     default=Options.check_steps,
@@ -262,22 +256,14 @@ def speedup(runs: dict[str, Run]) -> float:
     help="Steps with dropout off, to compare losses.",
 )
 @click.option("--batch", default=Options.batch, show_default=True)
-@click.option(
-    "--seq-len", default=Options.seq_len, show_default=True, help="Tokens of a text, padding included."
-)
+@click.option("--seq-len", default=Options.seq_len, show_default=True, help="Tokens of a text, padding included.")
 @click.option("--learning-rate", default=Options.learning_rate, show_default=True)
 @click.option("--held-out", default=Options.held_out, show_default=True, help="Texts per package to test on.")
 @click.option("--threads", default=0, help="CPU threads; 0 for torch's default.")
 @click.option("--seed", default=0, show_default=True)
-@click.option(
-    "--memory/--no-memory", default=True, show_default=True, help="Measure peak memory in own processes."
-)
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Default: results/finetune-METHOD.json"
-)
-@click.option(
-    "--png", "png_path", type=click.Path(path_type=Path), help="Default: results/finetune-METHOD.png"
-)
+@click.option("--memory/--no-memory", default=True, show_default=True, help="Measure peak memory in own processes.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Default: results/finetune-METHOD.json")
+@click.option("--png", "png_path", type=click.Path(path_type=Path), help="Default: results/finetune-METHOD.png")
 def finetune(json_path: Path | None, png_path: Path | None, **options: Any) -> None:
     """Fine-tune a pretrained BERT with and without the kernels, in turn, and compare."""
     from . import finetune_report

@@ -45,7 +45,7 @@ def tokenizer() -> Callable[..., Any]:
 
 
 class Classifier(nn.Module):
-    """Mean of the encoder's last states over the tokens that are not padding (as MiniLM was trained), then a linear head."""
+    """Mean of the encoder's last states over the tokens that are not padding, as MiniLM was trained; a linear head."""
 
     def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
         super().__init__()
@@ -95,9 +95,7 @@ class PrefixSelfAttention(nn.Module):
         self.prefix_k = nn.Parameter(torch.randn(shape) * 0.02)
         self.prefix_v = nn.Parameter(torch.randn(shape) * 0.02)
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
-    ) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
         inner = self.attention
         q, k, v = (
             projection(hidden_states).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)

@@ -19,8 +19,8 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
     tokens = options["batch"] * options["seq_len"]
 
     table = Table(
-        title=f"{options['method']} fine-tune of MiniLM, float32, batch {options['batch']} x {options['seq_len']} tokens, "
-        f"{options['threads']} threads, {options['steps']} steps"
+        title=f"{options['method']} fine-tune of MiniLM, float32, batch {options['batch']} x {options['seq_len']} "
+        f"tokens, {options['threads']} threads, {options['steps']} steps"
     )
     for column in ("", "baseline", "accelerated", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
@@ -53,9 +53,7 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
         console.print(f"{op}: {count['fast']} calls fast", highlight=False)
         for reason, number in count["declined"].items():
             console.print(f"  {number} declined: {reason}", highlight=False)
-    console.print(
-        ", ".join(f"{name} {version}" for name, version in result["versions"].items()), highlight=False
-    )
+    console.print(", ".join(f"{name} {version}" for name, version in result["versions"].items()), highlight=False)
 
 
 def _quartiles(seconds: list[float]) -> tuple[float, float, float]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
-from lwft_bench import cli, report, run, timing
+from lwft_bench import cli, memory, plot, report, results, run, timing
+from lwft_bench.attention import _case as case_of_attention
 
 SMOKE = ["run", "--preset", "smoke", "--threads", "1"]
 
@@ -26,37 +29,76 @@ def threads():
     torch.set_num_threads(before)
 
 
+def measurements(path):
+    return json.loads(path.read_text())["measurements"]
+
+
+def row(medians, *, flops=1.0, traffic=1.0, gemm_rate=1.0, copy_rate=1.0, tokens=1, status=results.TIMED):
+    """A made-up row of the providers in `medians`; None for one that was not timed."""
+    found = {
+        name: results.Result(results.WRONG, "error 1")
+        if median is None
+        else results.Result(status, "", median, median, median, 5)
+        for name, median in medians.items()
+    }
+    return results.Row(
+        "adapter", f"T={tokens}", {"T": tokens}, ("d=8", "T"), "float32", "fwd", 1, flops, traffic, gemm_rate,
+        copy_rate, "native", (), found,
+    )  # fmt: skip
+
+
+def printed(rows):
+    console = Console(width=200, record=True, file=io.StringIO())
+    report.print_table(rows, console, {})
+    return console.export_text()
+
+
 def test_every_family_end_to_end(tmp_path):
     json_path, csv_path, png = tmp_path / "run.json", tmp_path / "run.csv", tmp_path / "run.png"
-    result = invoke(*SMOKE, "--json", json_path, "--csv", csv_path, "--png", png)
+    result = invoke(*SMOKE, "--json", json_path, "--csv", csv_path)
     assert result.exit_code == 0, result.output
-    assert "WRONG" not in result.output and "torch.compile is left out" in result.output
+    assert "WRONG" not in result.output
+    assert "failed" not in result.output
+    assert "compile: left out of this preset" in result.output
     written = json.loads(json_path.read_text())
-    assert {"command", "seed", "environment", "rows"} <= written.keys()
-    assert {row["op"] for row in written["rows"]} == {family.op for family in run.FAMILIES.values()}
-    for row in written["rows"]:
-        assert row["declined"] == []
-        assert set(row["peaks"]) == {"gemm", "copy"} and row["flops"] > 0 and row["bytes"] > 0
-        for provider in row["providers"].values():
-            assert 0 < provider["first_quartile"] <= provider["median"] <= provider["third_quartile"]
+    assert written["environment"]["peaks"].keys() == {"GEMM float32", "copy"}
+    assert {m["op"] for m in written["measurements"]} == {family.op for family in run.FAMILIES.values()}
+    for m in written["measurements"]:
+        assert m["backend"] == "native"
+        assert m["declined"] == []
+        assert min(m["flops"], m["bytes"], m["gemm_rate"], m["copy_rate"]) > 0
+        if m["status"] == results.TIMED:
+            assert 0 < m["first_quartile"] <= m["median"] <= m["third_quartile"]
+        else:
+            assert m["status"] == results.NOT_OFFERED
+            assert m["note"]
     with csv_path.open() as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == sum(len(row["providers"]) for row in written["rows"])
+        assert len(list(csv.DictReader(file))) == len(written["measurements"])
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_file_holds_all_of_the_report(tmp_path):
+    path = tmp_path / "run.json"
+    whole = results.Report(
+        "lwft-bench run", 3, {"torch": "2"}, [row({"eager": 3.0, "lwft": None}), row({"lwft": 1.0}, tokens=2)]
+    )
+    whole.write_json(path)
+    assert results.read(path) == whole
+
+
 def test_the_compiler_as_a_peer(tmp_path):
-    result = invoke(*SMOKE, "add_layer_norm", "--mode", "fwd", "--providers", "compile", "--providers", "lwft",
-                    "--json", tmp_path / "run.json")  # fmt: skip
+    path = tmp_path / "run.json"
+    words = ["add_layer_norm", "--mode", "fwd", "--providers", "compile,lwft", "--json", path]
+    result = invoke(*SMOKE, *words)
     assert result.exit_code == 0, result.output
-    (row,) = json.loads((tmp_path / "run.json").read_text())["rows"]
-    assert set(row["providers"]) == {"compile", "lwft"}
+    assert {m["provider"] for m in measurements(path)} == {"compile", "lwft"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_dtypes(tmp_path, dtype):
     result = invoke(*SMOKE, "--dtype", dtype, "--json", tmp_path / "run.json")
-    assert result.exit_code == 0 and "WRONG" not in result.output, result.output
+    assert result.exit_code == 0, result.output
+    assert "WRONG" not in result.output
 
 
 @pytest.mark.parametrize("name", ["lwft", "eager"])
@@ -70,26 +112,69 @@ def test_a_wrong_provider_is_named_and_not_timed(tmp_path, monkeypatch, name):
 
     broken = dataclasses.replace(family, providers={**family.providers, name: wrong})
     monkeypatch.setitem(run.FAMILIES, "add_layer_norm", broken)
-    result = invoke(*SMOKE, "add_layer_norm", "--json", tmp_path / "run.json")
+    path = tmp_path / "run.json"
+    result = invoke(*SMOKE, "add_layer_norm", "--json", path)
     assert "WRONG" in result.output
     assert result.exit_code == (1 if name == "lwft" else 0)
-    for row in json.loads((tmp_path / "run.json").read_text())["rows"]:
-        assert row["providers"][name].keys() == {"wrong"}
-        assert report.ratio(row) is None
+    mine = [m for m in measurements(path) if m["provider"] == name]
+    assert mine
+    for m in mine:
+        assert m["status"] == results.WRONG
+        assert "error" in m["note"]
+        assert m["median"] is None
 
 
-def test_ratio_is_to_the_best_peer_and_shows_losses():
-    providers = {"eager": {"median": 3.0}, "sdpa": {"median": 2.0}, "lwft": {"median": 4.0}}
-    assert report.ratio({"providers": providers}) == (0.5, "sdpa")
-    assert report.ratio({"providers": {"lwft": {"median": 1.0}}}) is None
-    assert report.ratio({"providers": {"eager": {"median": 1.0}, "lwft": {"wrong": "error 1"}}}) is None
+def test_a_peer_that_forgets_dropout_is_wrong(tmp_path, monkeypatch):
+    family = run.FAMILIES["adapter"]
+    right = family.providers["eager"]
+
+    def without_dropout(case, arguments):
+        return right(case, {name: value for name, value in arguments.items() if name != "dropout_p"})
+
+    broken = dataclasses.replace(family, providers={**family.providers, "eager": without_dropout})
+    monkeypatch.setitem(run.FAMILIES, "adapter", broken)
+    path = tmp_path / "run.json"
+    invoke(*SMOKE, "adapter", "--mode", "fwd", "--json", path)
+    verdicts = {"dropout_p" in m["sizes"]: m["status"] for m in measurements(path) if m["provider"] == "eager"}
+    assert verdicts == {False: results.TIMED, True: results.WRONG}
 
 
-def test_limit_names_the_nearer_one():
-    row = {
-        "providers": {"lwft": {"median": 2.0}}, "flops": 10.0, "bytes": 1.0, "peaks": {"gemm": 10.0, "copy": 10.0}
-    }  # fmt: skip
-    assert report.limit(row) == (0.5, "GEMM")
+def test_ratio_is_to_the_best_peer():
+    assert row({"eager": 3.0, "sdpa": 2.0, "lwft": 4.0}).ratio() == 0.5
+    assert row({"eager": 3.0, "sdpa": 2.0, "lwft": 4.0}).best_peer() == "sdpa"
+    assert row({"eager": None, "sdpa": 2.0, "lwft": 1.0}).best_peer() == "sdpa"
+    assert row({"lwft": 1.0}).ratio() is None
+    assert row({"eager": 1.0, "lwft": None}).ratio() is None
+
+
+def test_losses_stand_beside_wins():
+    text = printed([row({"eager": 1.0, "lwft": 2.0}), row({"eager": 3.0, "lwft": 1.0}, tokens=2)])
+    assert "0.50x eager" in text
+    assert "3.00x eager" in text
+
+
+def test_limit_is_the_nearer_one():
+    assert row({"lwft": 2.0}, flops=10.0, gemm_rate=10.0, traffic=1.0, copy_rate=10.0).limit() == (1.0, "GEMM")
+    slow_memory = row({"lwft": 4.0}, flops=10.0, gemm_rate=10.0, traffic=20.0, copy_rate=10.0)
+    assert slow_memory.limit() == (2.0, "copy")
+    assert slow_memory.share_of_limit() == 0.5
+
+
+def test_work_of_attention():
+    """Causal, 3 queries on 5 keys and a prefix of 2: the queries see 3, 4, 5 keys, and the prefix."""
+    case = case_of_attention("test", "smoke", 2, 4, 3, 8, keys=5, causal=True, prefix=2)
+    values = run.FAMILIES["attention"].arguments(case, torch.float32, torch.Generator())
+    pairs = 2 * 4 * (3 + 4 + 5 + 3 * 2)
+    assert run.FAMILIES["attention"].flops(case, values, False) == 4.0 * 8 * pairs
+    assert run.FAMILIES["attention"].flops(case, values, True) == 3.5 * 4.0 * 8 * pairs
+
+
+def test_peak_memory_sees_a_tensor():
+    size = 64 * 2**20
+    peak = memory.peak_memory(lambda: torch.ones(size // 4))
+    if peak is None:
+        pytest.skip("this system does not tell")
+    assert 0.9 * size <= peak <= 1.5 * size
 
 
 def test_rounds_alternate():
@@ -113,21 +198,40 @@ def test_environment():
 
 
 def test_plot_draws_curves(tmp_path):
-    rows = []
-    for tokens in (1, 10, 100):
-        providers = {name: {"median": t * 1e-6 * tokens} for name, t in (("eager", 2.0), ("lwft", 1.0))}
-        rows.append({
-            "op": "adapter", "case": f"T={tokens}", "sizes": {"T": tokens}, "curve": ["d=8", "T"], "dtype": "float32",
-            "mode": "fwd", "threads": 1, "providers": providers,
-        })  # fmt: skip
+    rows = [row({"eager": 2e-6 * n, "lwft": 1e-6 * n}, tokens=n) for n in (1, 10, 100)]
+    (curve,) = plot.curves(rows)
+    assert [x for x, _ in curve.points] == [1, 10, 100]
     source = tmp_path / "run.json"
-    source.write_text(json.dumps({"rows": rows, "environment": {"processor": "x", "torch": "y"}}))
+    environment = {"processor": "x", "instruction set": "y", "torch": "z", "commit": "-", "date": "2000-01-01"}
+    results.Report("lwft-bench run", 0, environment, rows).write_json(source)
     result = invoke("plot", source, "-o", tmp_path / "out.png")
-    assert result.exit_code == 0 and (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_refuses_other_files(tmp_path):
+    source = tmp_path / "other.json"
+    for content, words in (
+        ("{}", "not a JSON file of"),
+        ('{"schema": 0}', "run it again"),
+        ("\x00", "not a JSON file"),
+    ):
+        source.write_text(content)
+        result = invoke("plot", source, "-o", tmp_path / "out.png")
+        assert result.exit_code == 2
+        assert words in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
-    "words", [("run", "--threads", "0"), ("run", "--threads", "x"), ("run", "sort"), ("plot", "no.json")]
+    "words",
+    [
+        ("run", "--threads", "0"),
+        ("run", "--threads", "x"),
+        ("run", "sort"),
+        ("run", "--dtype", "int8"),
+        ("run", "--providers", "nobody"),
+        ("plot", "no.json", "-o", "x.png"),
+    ],
 )
 def test_bad_words_are_refused(words):
     assert invoke(*words).exit_code == 2
