@@ -71,6 +71,15 @@ def at_least_dims(op: str, name: str, value: Tensor, dims: int, meaning: str) ->
         raise ValueError(f"{op}: {name} must have shape {meaning}, got {tuple(value.shape)}")
 
 
+def size(op: str, name: str, value: object, least: int = 1) -> int:
+    """`value` as an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    return value
+
+
 def number(op: str, name: str, value: object) -> float:
     """`value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

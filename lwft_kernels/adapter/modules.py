@@ -52,10 +52,7 @@ class BottleneckAdapter(nn.Module):
         super().__init__()
         name = type(self).__name__
         for word, size in (("model_dim", model_dim), ("bottleneck", bottleneck)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name}: {word} must be an int, got {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{name}: {word} must be at least 1, got {size}")
+            checks.size(name, word, size)
         self.model_dim = model_dim
         self.bottleneck = bottleneck
         self.activation = checked_activation(name, activation)

@@ -8,8 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lwft_kernels import backend
+from lwft_kernels import backend, checks
 from lwft_kernels.attention.functional import attention
+
+
+def _check_heads(module: str, embed_dim: object, num_heads: object) -> None:
+    width, heads = checks.size(module, "embed_dim", embed_dim), checks.size(module, "num_heads", num_heads)
+    if width % heads:
+        raise ValueError(f"{module}: embed_dim must be a multiple of num_heads, got {width} and {heads}")
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -23,6 +29,27 @@ class MultiheadAttention(nn.MultiheadAttention):
     dropout draws from the package's own stream. A call with ``need_weights=True`` (torch's default) asks for the
     (S, L) matrix this package exists to avoid: it is answered by torch's own code and counted as declined in `stats`.
     """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        name = type(self).__name__
+        _check_heads(name, embed_dim, num_heads)
+        dropout = checks.probability(name, "dropout", dropout)
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
 
     def forward(
         self,
@@ -164,8 +191,7 @@ class PrefixAttention(MultiheadAttention):
 
     def __init__(self, embed_dim: int, num_heads: int, prefix_length: int, **kwargs: Any) -> None:
         super().__init__(embed_dim, num_heads, **kwargs)
-        if prefix_length < 1:
-            raise ValueError(f"PrefixAttention: prefix_length must be at least 1, got {prefix_length}")
+        checks.size("PrefixAttention", "prefix_length", prefix_length)
         shape = (1, num_heads, prefix_length, self.head_dim)
         self.prefix_k = nn.Parameter(self.out_proj.weight.new_empty(shape))
         self.prefix_v = nn.Parameter(self.out_proj.weight.new_empty(shape))
@@ -239,13 +265,12 @@ class MemoryAttention(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"MemoryAttention: embed_dim must be a positive multiple of num_heads, got {embed_dim} and {num_heads}"
-            )
-        if num_slots < 0:
-            raise ValueError(f"MemoryAttention: num_slots must not be negative, got {num_slots}")
-        memory_dim = embed_dim if memory_dim is None else memory_dim
+        name = type(self).__name__
+        _check_heads(name, embed_dim, num_heads)
+        checks.size(name, "num_slots", num_slots, least=0)
+        memory_dim = embed_dim if memory_dim is None else checks.size(name, "memory_dim", memory_dim)
+        dropout = checks.probability(name, "dropout", dropout)
+        scale = None if scale is None else checks.number(name, "scale", scale)
         self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
         self.scale, self.dropout = scale, dropout
         factory = {"bias": bias, "device": device, "dtype": dtype}

@@ -8,15 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lwft_kernels import checks
 from lwft_kernels.lowrank.functional import lora_linear, low_rank_linear
-
-
-def _checked_rank(module: str, rank: object) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"{module}: rank must be an int, got {type(rank).__name__}")
-    if rank < 1:
-        raise ValueError(f"{module}: rank must be at least 1, got {rank}")
-    return rank
 
 
 def _checked_linear(module: str, linear: object) -> nn.Linear:
@@ -52,7 +45,7 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.rank = _checked_rank("LowRankLinear", rank)
+        self.rank = checks.size("LowRankLinear", "rank", rank)
         self.down_weight = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.up_weight = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
@@ -80,7 +73,7 @@ class LowRankLinear(nn.Module):
             rank: from 1 to min(in_features, out_features).
         """
         linear = _checked_linear("LowRankLinear.from_linear", linear)
-        rank = _checked_rank("LowRankLinear.from_linear", rank)
+        rank = checks.size("LowRankLinear.from_linear", "rank", rank)
         full = min(linear.in_features, linear.out_features)
         if rank > full:
             raise ValueError(f"LowRankLinear.from_linear: rank must be at most {full} for {linear}, got {rank}")
@@ -143,9 +136,8 @@ class LoRALinear(nn.Linear):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        rank = _checked_rank("LoRALinear", rank)
-        if not 0.0 <= lora_dropout <= 1.0:
-            raise ValueError(f"LoRALinear: lora_dropout must lie between 0 and 1, got {lora_dropout}")
+        rank = checks.size("LoRALinear", "rank", rank)
+        lora_dropout = checks.probability("LoRALinear", "lora_dropout", lora_dropout)
         lora_alpha = float(rank if lora_alpha is None else lora_alpha)
         if not math.isfinite(lora_alpha):
             raise ValueError(f"LoRALinear: lora_alpha must be finite, got {lora_alpha}")

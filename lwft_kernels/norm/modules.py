@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lwft_kernels import checks
 from lwft_kernels.norm.functional import add_layer_norm
 
 
@@ -31,10 +32,12 @@ class AddLayerNorm(nn.LayerNorm):
         *,
         dropout: float = 0.0,
     ) -> None:
+        if isinstance(normalized_shape, int):
+            checks.size("AddLayerNorm", "normalized_shape", normalized_shape)
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         if len(self.normalized_shape) != 1:
             raise ValueError(f"AddLayerNorm normalises over one dimension, got {normalized_shape}")
-        self.dropout = dropout
+        self.dropout = checks.probability("AddLayerNorm", "dropout", dropout)
 
     def forward(self, x: Tensor, sublayer_out: Tensor) -> Tensor:  # type: ignore[override]
         """(..., d), (..., d) -> (..., d)."""

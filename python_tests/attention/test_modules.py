@@ -281,6 +281,27 @@ def test_autocast(dtype):
     assert_accurate({"out": mine}, {"out": other}, {"out": oracle})
 
 
+@pytest.mark.parametrize(
+    "module,change,error,words",
+    [
+        (MultiheadAttention, {"num_heads": 5}, ValueError, "embed_dim must be a multiple of num_heads"),
+        (MultiheadAttention, {"dropout": 1.5}, ValueError, "dropout must be a probability"),
+        (MultiheadAttention, {"embed_dim": -12}, ValueError, "embed_dim must be at least 1"),
+        (PrefixAttention, {"prefix_length": 0}, ValueError, "prefix_length must be at least 1"),
+        (PrefixAttention, {"prefix_length": 1.5}, TypeError, "prefix_length must be an int"),
+        (MemoryAttention, {"num_heads": 5}, ValueError, "embed_dim must be a multiple of num_heads"),
+        (MemoryAttention, {"num_slots": -1}, ValueError, "num_slots must be at least 0"),
+        (MemoryAttention, {"memory_dim": 0}, ValueError, "memory_dim must be at least 1"),
+        (MemoryAttention, {"scale": float("nan")}, ValueError, "scale must be finite"),
+        (MemoryAttention, {"dropout": -0.1}, ValueError, "dropout must be a probability"),
+    ],
+)
+def test_constructor_errors(module, change, error, words):
+    needed = {"prefix_length": 3} if module is PrefixAttention else {}
+    with pytest.raises(error, match=f"{module.__name__}: {words}"):
+        module(**{"embed_dim": 12, "num_heads": 3, **needed, **change})
+
+
 def test_trains_under_ddp(tmp_path):
     module = "Calls(lwft.MultiheadAttention(32, 4, batch_first=True), lambda attend, x: attend(x, x, x)[0])"
     assert_averages_gradients(module, 32, tmp_path / "store")

@@ -76,7 +76,7 @@ def test_what_the_constructors_refuse():
             cls.from_linear(nn.Conv1d(3, 4, 1), 2)
         with pytest.raises(TypeError, match=r"must compute what nn\.Linear does, not be a LoRALinear"):
             cls.from_linear(LoRALinear(24, 40), 2)
-    with pytest.raises(ValueError, match="lora_dropout must lie"):
+    with pytest.raises(ValueError, match="lora_dropout must be a probability"):
         LoRALinear(24, 40, lora_dropout=1.5)
     with pytest.raises(ValueError, match="lora_alpha must be finite"):
         LoRALinear(24, 40, lora_alpha=float("nan"))

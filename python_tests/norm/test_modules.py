@@ -28,3 +28,16 @@ def test_module_replaces_layer_norm():
 
 def test_trains_under_ddp(tmp_path):
     assert_averages_gradients("Calls(lwft.AddLayerNorm(32), lambda norm, x: norm(x, x.sin()))", 32, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        ((-16,), "normalized_shape must be at least 1"),
+        (((4, 4),), "one dimension"),
+        ((16,), "dropout must be a probability"),
+    ],
+)
+def test_constructor_errors(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        lwft_kernels.nn.AddLayerNorm(*arguments, dropout=1.5)
