@@ -118,15 +118,22 @@ void backward_rows(const AddLayerNormBackward& p, const T* weight, T* dweight, T
     }
     if (p.dx == nullptr && p.dsublayer_out == nullptr) continue;
     const T mean_g = sum(sum_g) / static_cast<T>(d), mean_gn = sum(sum_gn) / static_cast<T>(d);
+    T* ds = p.dx != nullptr && p.x_dtype == dtype_of<T>() ? static_cast<T*>(p.dx) + token * d : row;
     for (int64_t j = 0; j < d; j += kLanes<T>) {
       const Vec<T> n = (load_columns(s, j, d) - mean) * rstd;
       const Vec<T> g = load_columns(grad_out, j, d) * load_columns(weight, j, d);
-      store_columns(row, j, d, (g - mean_g - n * mean_gn) * rstd);
+      store_columns(ds, j, d, (g - mean_g - n * mean_gn) * rstd);
     }
-    if (p.dx != nullptr) store_row(p.x_dtype, row, d, p.dx, token * d);
+    if (p.dx != nullptr && ds == row) store_row(p.x_dtype, row, d, p.dx, token * d);
     if (p.dsublayer_out != nullptr) {
-      if (p.dropout.active()) dropout_row(p.dropout, token, 0, d, row);
-      store_row(p.sublayer_dtype, row, d, p.dsublayer_out, token * d);
+      if (p.dropout.active()) {
+        if (ds != row) {
+          for (int64_t j = 0; j < d; j += kLanes<T>) store_columns(row, j, d, load_columns(ds, j, d));
+        }
+        dropout_row(p.dropout, token, 0, d, row);
+        ds = row;
+      }
+      store_row(p.sublayer_dtype, ds, d, p.dsublayer_out, token * d);
     }
   }
 }

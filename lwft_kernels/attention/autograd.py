@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwft_kernels.registration import gradients, register, wanted
+from lwft_kernels.registration import gradients, register, run_backward, wanted
 
 # positions of q, k, v, bias, prefix_k, prefix_v among the inputs
 _DIFFERENTIABLE = (0, 1, 2, 3, 5, 6)
@@ -101,7 +101,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_out is None:  # a loss of lse alone
         grad_out = torch.zeros_like(saved[8])
     needs = wanted(ctx.needs_input_grad, _DIFFERENTIABLE)
-    results = torch.ops.lwft.attention_backward(grad_out, grad_lse, *saved, *ctx.rule, needs)
+    results = run_backward("attention", grad_out, grad_lse, *saved, *ctx.rule, needs)
     dq, dk, dv, dbias, dprefix_k, dprefix_v = gradients(results, needs)
     return dq, dk, dv, dbias, None, dprefix_k, dprefix_v, *(None,) * (_INPUTS - 7)
 
