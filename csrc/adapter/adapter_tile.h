@@ -21,24 +21,6 @@ constexpr int64_t kBlockColumns = 128;
 static_assert(kBlockColumns % kPanelColumns<float> == 0 && kBlockColumns % kPanelColumns<double> == 0);
 static_assert(kBlockColumns % kPhiloxColumns == 0);
 
-inline const void* element(DType dtype, const void* base, int64_t index) {
-  return static_cast<const char*>(base) + index * static_cast<int64_t>(element_size(dtype));
-}
-
-// The columns j .. j + kLanes of a row that ends at n; lanes past the end read zero and are not written.
-template <class T>
-inline Vec<T> load_columns(const T* row, int64_t j, int64_t n) {
-  return j + kLanes<T> <= n ? load(row + j) : load_first(row + j, n - j);
-}
-template <class T>
-inline void store_columns(T* row, int64_t j, int64_t n, Vec<T> v) {
-  if (j + kLanes<T> <= n) {
-    store(row + j, v);
-  } else {
-    store_first(row + j, v, n - j);
-  }
-}
-
 // Row stride of a buffer of n columns: an odd number of vectors, or the rows of a tile would compete for the same few
 // sets of the cache when n is a power of two.
 template <class T>

@@ -38,10 +38,6 @@ struct Pieces {
   Range operator[](int64_t i) const { return {i * size, minimum((i + 1) * size, total)}; }
 };
 
-inline const void* element(const void* base, DType dtype, int64_t offset) {
-  return static_cast<const char*>(base) + offset * static_cast<int64_t>(element_size(dtype));
-}
-
 // The G = H / Hkv query heads that share one key head of one sequence. They are worked on together, so that
 // keys are read and packed once: row r is query r / G of head kv_head * G + r % G, and neighbouring rows see
 // about the same keys.
@@ -114,7 +110,7 @@ struct Segment {
  private:
   const void* at(const HeadGroup& group, const Strided& tensor, int64_t j) const {
     const int64_t offset = group.batch * tensor.stride[0] + group.kv_head * tensor.stride[1] + j * tensor.stride[2];
-    return element(tensor.data, group.shape.dtype, offset);
+    return element(group.shape.dtype, tensor.data, offset);
   }
 };
 

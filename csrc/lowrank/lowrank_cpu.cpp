@@ -49,10 +49,6 @@ void run(int64_t tasks, int64_t work, const Body& body) {
   for (int64_t task = 0; task < tasks; ++task) body(task);
 }
 
-const void* at(DType dtype, const void* base, int64_t offset) {
-  return static_cast<const char*>(base) + offset * static_cast<int64_t>(element_size(dtype));
-}
-
 // ---- which tokens go together ----
 
 // Tokens of one group: order[first .. first + rows), or first .. itself where there is no order.
@@ -129,12 +125,6 @@ Tile<T> view_columns(const Plan& plan, const Block& block, DType dtype, const vo
   return {scratch, n};
 }
 
-// The columns j .. j + kLanes of a row that ends at `end`; lanes past the end read zero.
-template <class T>
-Vec<T> load_columns(const T* row, int64_t j, int64_t end) {
-  return j + kLanes<T> <= end ? load(row + j) : load_first(row + j, end - j);
-}
-
 template <class T>
 const T* zeros(int64_t n, Scratch& scratch) {
   T* const row = scratch.take<T>(n);
@@ -151,7 +141,7 @@ struct Factor {
   int64_t k, n, row_stride, col_stride;
 
   const void* element(int64_t adapter, int64_t i, int64_t j) const {
-    return at(dtype, data, adapter * k * n + i * row_stride + j * col_stride);
+    return lwft::element(dtype, data, adapter * k * n + i * row_stride + j * col_stride);
   }
 };
 

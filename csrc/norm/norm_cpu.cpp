@@ -12,20 +12,6 @@ constexpr int64_t kForwardRows = 16;
 // Backward tasks keep a partial sum of dweight and dbias each; so many at most, whatever the number of tokens.
 constexpr int64_t kBackwardTasks = 64;
 
-// The columns j .. j + kLanes of a row that ends at d; lanes past the end read zero and are not written.
-template <class T>
-Vec<T> load_columns(const T* row, int64_t j, int64_t d) {
-  return j + kLanes<T> <= d ? load(row + j) : load_first(row + j, d - j);
-}
-template <class T>
-void store_columns(T* row, int64_t j, int64_t d, Vec<T> v) {
-  if (j + kLanes<T> <= d) {
-    store(row + j, v);
-  } else {
-    store_first(row + j, v, d - j);
-  }
-}
-
 // s = x + dropout(u)
 template <class T, class Params>
 void residual_sum(const Params& p, int64_t token, T* scratch, T* s) {

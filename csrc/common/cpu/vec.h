@@ -129,6 +129,20 @@ inline void store_first(T* to, Vec<T> v, int64_t n) {
   __builtin_memcpy(to, lanes, static_cast<size_t>(n) * sizeof(T));
 }
 
+// The columns j .. j + kLanes of a row that ends at n; lanes past the end read zero and are not written.
+template <class T>
+inline Vec<T> load_columns(const T* row, int64_t j, int64_t n) {
+  return j + kLanes<T> <= n ? load(row + j) : load_first(row + j, n - j);
+}
+template <class T>
+inline void store_columns(T* row, int64_t j, int64_t n, Vec<T> v) {
+  if (j + kLanes<T> <= n) {
+    store(row + j, v);
+  } else {
+    store_first(row + j, v, n - j);
+  }
+}
+
 // ---- lane by lane ----
 
 template <class T>
