@@ -5,8 +5,8 @@
 #include "adapter/adapter.h"
 #include "common/cpu/convert.h"
 #include "common/cpu/dropout_vec.h"
+#include "common/cpu/operand.h"
 #include "common/cpu/threads.h"
-#include "common/cpu/tile.h"
 
 namespace lwft::LWFT_ISA {
 
@@ -66,55 +66,7 @@ const T* parameter_row(DType dtype, const void* data, int64_t n, T absent, Scrat
   return row;
 }
 
-// ---- operands of the products ----
-//
-// Kernels are templates over E, what the products multiply: float or double, or pairs of bfloat16 where the machine has
-// an instruction for them and x and the parameters are bfloat16. Everything between the products is in T = SumOf<E>.
-
-template <class E>
-constexpr bool kIsPair = std::is_same_v<E, BFloat16Pair>;
-
-// How many E make n neighbours along k, and how many neighbours one E is.
-template <class E>
-constexpr int64_t units(int64_t n) {
-  return kIsPair<E> ? pairs(n) : n;
-}
-template <class E>
-constexpr int64_t kUnit = kIsPair<E> ? 2 : 1;
-
-// A row of n numbers, rounded to E if need be; an odd last pair is filled with zero.
-template <class E>
-inline void store_operand(const SumOf<E>* row, int64_t n, E* to) {
-  if constexpr (kIsPair<E>) {
-    to[pairs(n) - 1].second = 0;
-    store_row(DType::bf16, row, n, to, 0);
-  } else if (row != to) {
-    store_row(dtype_of<E>(), row, n, to, 0);
-  }
-}
-
-template <class E>
-inline void pack_operand(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
-                         E* panels) {
-  if constexpr (kIsPair<E>) {
-    pack_pair_panels(dtype, source, row_stride, col_stride, k, n, panels);
-  } else {
-    pack_panels(dtype, source, row_stride, col_stride, k, n, panels);
-  }
-}
-
-// Rows of a tensor as a left-hand side, where they lie: if not, data is null.
-template <class E>
-inline Tile<E> operand_in_place(DType dtype, const void* base, int64_t offset, int64_t row_stride, int64_t n) {
-  if constexpr (kIsPair<E>) {
-    if (dtype == DType::bf16 && n % 2 == 0 && row_stride % 2 == 0) {
-      return {static_cast<const E*>(element(dtype, base, offset)), row_stride / 2};
-    }
-  } else if (dtype == dtype_of<E>()) {
-    return {static_cast<const E*>(base) + offset, row_stride};
-  }
-  return {nullptr, 0};
-}
+// ---- weights ----
 
 // A weight packed as the right-hand side of gemm, in tasks of equal size.
 template <class E>

@@ -15,12 +15,15 @@
 // slices are cut by shape alone.
 //
 // Scratch memory: A and B of the adapters that occur, as packed panels; backward instead B, and ds.
+//
+// Where all is bfloat16 and the machine multiplies pairs of it, the operands of the products are such pairs
+// (common/cpu/operand.h): s and ds are rounded to bfloat16 on their way into the second product, as PyTorch rounds them.
 #include "lowrank/lowrank.h"
 
 #include "common/cpu/convert.h"
 #include "common/cpu/dropout_vec.h"
+#include "common/cpu/operand.h"
 #include "common/cpu/threads.h"
-#include "common/cpu/tile.h"
 
 namespace lwft::LWFT_ISA {
 namespace {
@@ -34,7 +37,8 @@ constexpr int64_t kBlocks = 32, kSlices = 16;
 constexpr int64_t kColumns = kPhiloxColumns, kWidestSlice = 4 * kColumns;
 static_assert(kColumns % kPanelColumns<float> == 0 && kColumns % kPanelColumns<double> == 0);
 // Columns that are summed over in one step. A chain of so many additions is as accurate as the vendor's.
-constexpr int64_t kDepth = 64, kDotDepth = kKBlock;
+// (Pairs of bfloat16 are rounded before, so longer chains cost no accuracy.)
+constexpr int64_t kDepth = 64, kDotDepth = kKBlock, kPairDepth = 512;
 static_assert(kDepth % kColumns == 0 && kDotDepth % kDepth == 0);
 // An adapter with so few tokens is read where it lies: it would be packed for one use.
 constexpr int64_t kFewRows = 8;
@@ -125,6 +129,29 @@ Tile<T> view_columns(const Plan& plan, const Block& block, DType dtype, const vo
   return {scratch, n};
 }
 
+// Columns col0 .. col0 + n - 1 of a block's tokens as a left-hand side, after dropout: where they lie, or in scratch
+// (rows * units(n) elements).
+template <class E>
+Tile<E> view_operand(const Plan& plan, const Block& block, DType dtype, const void* base, int64_t row_stride,
+                     int64_t col0, int64_t n, const Dropout& dropout, E* scratch) {
+  using T = SumOf<E>;
+  if (!dropout.active() && plan.contiguous(block)) {
+    const Tile<E> tile = operand_in_place<E>(dtype, base, plan.token(block, 0) * row_stride + col0, row_stride, n);
+    if (tile.data != nullptr) return tile;
+  }
+  Scratch local;
+  T* row = nullptr;
+  if constexpr (kIsPair<E>) row = local.take<T>(n);
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const int64_t token = plan.token(block, i);
+    if constexpr (!kIsPair<E>) row = scratch + i * n;
+    load_row(dtype, base, token * row_stride + col0, n, row);
+    if (dropout.active()) dropout_row(dropout, token, col0, n, row);
+    store_operand(row, n, scratch + i * units<E>(n));
+  }
+  return {scratch, units<E>(n)};
+}
+
 template <class T>
 const T* zeros(int64_t n, Scratch& scratch) {
   T* const row = scratch.take<T>(n);
@@ -146,89 +173,103 @@ struct Factor {
 };
 
 // The factor (wide side, rank) of the product that makes the middle.
-template <class T>
+template <class E>
 struct Deep {
+  using T = SumOf<E>;
+  static constexpr int64_t kPackDepth = kIsPair<E> ? kPairDepth : kDepth;
+  static_assert(kPackColumns % kPackDepth == 0);
+
   Factor factor;
-  T** packed;  // for each group; null where the factor is read as it lies
+  E** packed;  // for each group; null where the factor is read as it lies, which pairs never are
 
   // A rank of half a vector or less: broadcasting the rows would leave the other lanes idle, so the sums run
   // over vectors of the wide side, and what is packed is the transpose by rows.
-  bool by_dots() const { return 2 * factor.n <= kLanes<T>; }
+  bool by_dots() const { return !kIsPair<E> && 2 * factor.n <= kLanes<T>; }
   bool lies_right() const { return by_dots() && factor.row_stride == 1 && factor.dtype == dtype_of<T>(); }
-  int64_t packed_size() const { return panel_size<T>(factor.k, factor.n); }
+  int64_t packed_size() const { return panel_size<E>(units<E>(factor.k), factor.n); }
 
   // Columns of the wide side that are summed over in one step.
   int64_t step(int64_t group) const {
-    return by_dots() || (packed[group] == nullptr && factor.row_stride == 1) ? kDotDepth : kDepth;
+    return by_dots() || (packed[group] == nullptr && factor.row_stride == 1) ? kDotDepth : kPackDepth;
   }
 
-  // Rows begin .. end - 1 of the wide side; begin is a multiple of kDepth.
+  // Rows begin .. end - 1 of the wide side; begin is a multiple of kPackDepth.
   void pack(int64_t group, int64_t begin, int64_t end) const {
-    T* const to = packed[group];
-    if (by_dots()) {
-      for (int64_t j = 0; j < factor.n; ++j) {
-        load_row(factor.dtype, factor.element(group, begin, j), 0, end - begin, to + j * factor.k + begin,
-                 factor.row_stride);
+    E* const to = packed[group];
+    if constexpr (!kIsPair<E>) {
+      if (by_dots()) {
+        for (int64_t j = 0; j < factor.n; ++j) {
+          load_row(factor.dtype, factor.element(group, begin, j), 0, end - begin, to + j * factor.k + begin,
+                   factor.row_stride);
+        }
+        return;
       }
-      return;
     }
-    for (int64_t i = begin; i < end; i += kDepth) {
-      pack_panels(factor.dtype, factor.element(group, i, 0), factor.row_stride, factor.col_stride,
-                  minimum(kDepth, end - i), factor.n, to + i * padded<T>(factor.n));
+    for (int64_t i = begin; i < end; i += kPackDepth) {
+      pack_operand(factor.dtype, factor.element(group, i, 0), factor.row_stride, factor.col_stride,
+                   minimum(kPackDepth, end - i), factor.n, to + units<E>(i) * padded<E>(factor.n));
     }
   }
 
   // middle (rows, rank) = view * factor; view(i, depth, scratch) is the block's columns i .. i + depth - 1,
-  // if need be in scratch (rows * depth elements).
+  // if need be in scratch (rows * units(depth) elements).
   template <class View>
   void multiply(const Block& block, const View& view, T* middle, int64_t middle_stride) const {
     const int64_t group = block.group, depth_step = step(group);
-    const T* const from = packed[group];
+    const E* const from = packed[group];
     Scratch local;
-    T* const scratch = local.take<T>(block.rows * depth_step);
+    E* const scratch = local.take<E>(block.rows * units<E>(depth_step));
     for (int64_t i = 0; i < factor.k; i += depth_step) {
       const int64_t depth = minimum(depth_step, factor.k - i);
       const Mode mode = i == 0 ? Mode::overwrite : Mode::accumulate;
-      const Tile<T> tile = view(i, depth, scratch);
+      const Tile<E> tile = view(i, depth, scratch);
       if (from != nullptr && !by_dots()) {
-        gemm(block.rows, factor.n, depth, tile.data, tile.row_stride, 1, from + i * padded<T>(factor.n), middle,
-             middle_stride, mode);
-      } else if (from != nullptr) {
-        dot_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, dtype_of<T>(), from + i, factor.k, middle,
-                 middle_stride, mode);
-      } else if (factor.row_stride == 1) {
-        dot_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, factor.dtype, factor.element(group, i, 0),
-                 factor.col_stride, middle, middle_stride, mode);
-      } else {
-        combine_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, factor.dtype, factor.element(group, i, 0),
-                     factor.row_stride, middle, middle_stride, mode);
+        gemm(block.rows, factor.n, units<E>(depth), tile.data, tile.row_stride, 1,
+             from + units<E>(i) * padded<E>(factor.n), middle, middle_stride, mode);
+        continue;
+      }
+      if constexpr (!kIsPair<E>) {
+        if (from != nullptr) {
+          dot_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, dtype_of<T>(), from + i, factor.k, middle,
+                   middle_stride, mode);
+        } else if (factor.row_stride == 1) {
+          dot_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, factor.dtype, factor.element(group, i, 0),
+                   factor.col_stride, middle, middle_stride, mode);
+        } else {
+          combine_rows(block.rows, factor.n, depth, tile.data, tile.row_stride, factor.dtype,
+                       factor.element(group, i, 0), factor.row_stride, middle, middle_stride, mode);
+        }
       }
     }
   }
 };
 
 // The factor (rank, wide side) of the product that the middle goes into.
-template <class T>
+template <class E>
 struct Wide {
+  using T = SumOf<E>;
+
   Factor factor;
   // The wide side's bias as one more row, which a column of ones in the middle adds while the sums are still
-  // in registers; null for none.
+  // in registers; null for none, and for pairs, which would round it.
   const T* bias;
 
-  int64_t depth() const { return factor.k + (bias != nullptr ? 1 : 0); }
-  int64_t packed_size(int64_t columns) const { return panel_size<T>(depth(), columns); }
+  int64_t depth() const { return units<E>(factor.k) + (bias != nullptr ? 1 : 0); }
+  int64_t packed_size(int64_t columns) const { return panel_size<E>(depth(), columns); }
 
   // Columns begin .. end - 1, begin a multiple of kColumns. Those from begin + c on, c likewise, are then at
   // panels + c * depth().
-  void pack(int64_t group, int64_t begin, int64_t end, T* panels) const {
-    const int64_t width = bias == nullptr ? end - begin : kPanelColumns<T>;
+  void pack(int64_t group, int64_t begin, int64_t end, E* panels) const {
+    const int64_t width = bias == nullptr ? end - begin : kPanelColumns<E>;
     for (int64_t j = begin; j < end; j += width) {
       const int64_t n = minimum(width, end - j);
-      T* const panel = panels + (j - begin) * depth();
-      pack_panels(factor.dtype, factor.element(group, 0, j), factor.row_stride, factor.col_stride, factor.k, n, panel);
-      if (bias == nullptr) continue;
-      T* const last = panel + factor.k * padded<T>(n);
-      for (int64_t c = 0; c < n; c += kLanes<T>) store(last + c, load_columns(bias, j + c, j + n));
+      E* const panel = panels + (j - begin) * depth();
+      pack_operand(factor.dtype, factor.element(group, 0, j), factor.row_stride, factor.col_stride, factor.k, n, panel);
+      if constexpr (!kIsPair<E>) {
+        if (bias == nullptr) continue;
+        T* const last = panel + factor.k * padded<T>(n);
+        for (int64_t c = 0; c < n; c += kLanes<T>) store(last + c, load_columns(bias, j + c, j + n));
+      }
     }
   }
 };
@@ -240,16 +281,19 @@ void scale_rows(int64_t rows, int64_t stride, T scale, T* values) {
 
 // ---- forward ----
 
-template <class T>
+template <class E>
 class Forward {
+  using T = SumOf<E>;
+
  public:
   explicit Forward(const LowRankForward& parameters)
       : p(parameters),
         plan(make_plan(p.tokens, p.adapters, p.adapter_index, scratch)),
-        down{{p.param_dtype, p.a, p.in_features, p.rank, 1, p.in_features}, scratch.take<T*>(plan.groups)},
-        up{{p.param_dtype, p.b, p.rank, p.out_features, 1, p.rank}, bias_row()},
-        up_packed(scratch.take<T*>(plan.groups)),
-        middle_stride(padded<T>(up.depth())) {}
+        bias(bias_row()),
+        down{{p.param_dtype, p.a, p.in_features, p.rank, 1, p.in_features}, scratch.take<E*>(plan.groups)},
+        up{{p.param_dtype, p.b, p.rank, p.out_features, 1, p.rank}, kIsPair<E> ? nullptr : bias},
+        up_packed(scratch.take<E*>(plan.groups)),
+        middle_stride(kIsPair<E> ? units<E>(p.rank) : padded<E>(up.depth())) {}
 
   void run_all() {
     pack();
@@ -260,13 +304,13 @@ class Forward {
     if (splits == 1 || work < kSerialWork) {
       run(plan.count, work, [&](int64_t task) {
         Scratch local;
-        T* const middle = local.take<T>(plan.blocks[task].rows * middle_stride);
+        E* const middle = local.take<E>(plan.blocks[task].rows * middle_stride);
         make_middle(plan.blocks[task], middle);
         write_out(plan.blocks[task], middle, 0, p.out_features);
       });
       return;
     }
-    T* const middle = scratch.take<T>(p.tokens * middle_stride);
+    E* const middle = scratch.take<E>(p.tokens * middle_stride);
     const int64_t width = round_up(ceil_div(p.out_features, splits), kColumns);
     const auto middle_of = [&](const Block& block) { return middle + block.first * middle_stride; };
     run(plan.count, work, [&](int64_t task) { make_middle(plan.blocks[task], middle_of(plan.blocks[task])); });
@@ -291,8 +335,8 @@ class Forward {
     for (int64_t group = 0; group < plan.groups; ++group) {
       down.packed[group] = up_packed[group] = nullptr;
       if (group == p.adapters || plan.tokens(group) <= kFewRows) continue;
-      if (!down.lies_right()) down.packed[group] = scratch.take<T>(down.packed_size());
-      up_packed[group] = scratch.take<T>(up.packed_size(p.out_features));
+      if (!down.lies_right()) down.packed[group] = scratch.take<E>(down.packed_size());
+      up_packed[group] = scratch.take<E>(up.packed_size(p.out_features));
       groups[count++] = group;
     }
     const int64_t down_tasks = down.lies_right() ? 0 : ceil_div(p.in_features, kPackColumns);
@@ -309,57 +353,66 @@ class Forward {
     });
   }
 
-  // middle = scale * dropout(x) A^T, and a column of ones for the bias; hidden is stored without the scale.
-  void make_middle(const Block& block, T* middle) const {
+  // middle = scale * dropout(x) A^T as a left-hand side, and a column of ones for the bias; hidden is stored without the
+  // scale.
+  void make_middle(const Block& block, E* middle) const {
+    Scratch local;
+    const int64_t stride = padded<T>(kIsPair<E> ? p.rank : up.depth());
+    T* sums = nullptr;
+    if constexpr (kIsPair<E>) {
+      sums = local.take<T>(block.rows * stride);
+    } else {
+      sums = middle;
+    }
     if (has_adapter(block)) {
-      const auto view = [&](int64_t i, int64_t depth, T* columns) { return input(block, i, depth, columns); };
-      down.multiply(block, view, middle, middle_stride);
+      const auto view = [&](int64_t i, int64_t depth, E* columns) {
+        return view_operand(plan, block, p.x_dtype, p.x, p.x_row_stride, i, depth, p.dropout, columns);
+      };
+      down.multiply(block, view, sums, stride);
     }
     for (int64_t i = 0; i < block.rows; ++i) {
-      T* const row = middle + i * middle_stride;
+      T* const row = sums + i * stride;
       T* const hidden = static_cast<T*>(p.hidden) + plan.token(block, i) * p.rank;
-      if (has_adapter(block)) {
-        __builtin_memcpy(hidden, row, static_cast<size_t>(p.rank) * sizeof(T));
-        scale_rows(1, p.rank, static_cast<T>(p.scale), row);
-        if (up.bias != nullptr) row[p.rank] = T{1};
-      } else {
+      if (!has_adapter(block)) {
         __builtin_memset(hidden, 0, static_cast<size_t>(p.rank) * sizeof(T));
+        continue;
       }
+      __builtin_memcpy(hidden, row, static_cast<size_t>(p.rank) * sizeof(T));
+      scale_rows(1, p.rank, static_cast<T>(p.scale), row);
+      if (up.bias != nullptr) row[p.rank] = T{1};
+      if constexpr (kIsPair<E>) store_operand(row, p.rank, middle + i * middle_stride);
     }
   }
 
-  Tile<T> input(const Block& block, int64_t k0, int64_t depth, T* columns) const {
-    if (!p.dropout.active()) {
-      return view_columns(plan, block, p.x_dtype, p.x, p.x_row_stride, k0, depth, columns);
-    }
-    for (int64_t i = 0; i < block.rows; ++i) {
-      const int64_t token = plan.token(block, i);
-      load_row(p.x_dtype, p.x, token * p.x_row_stride + k0, depth, columns + i * depth);
-      dropout_row(p.dropout, token, k0, depth, columns + i * depth);
-    }
-    return {columns, depth};
-  }
-
-  void write_out(const Block& block, const T* middle, int64_t begin, int64_t end) const {
+  void write_out(const Block& block, const E* middle, int64_t begin, int64_t end) const {
     if (!has_adapter(block)) return write_base(block, begin, end);
     Scratch local;
     T* const tile = local.take<T>(block.rows * kColumns);
-    T* const panels = local.take<T>(up.packed_size(kColumns));
+    E* const panels = local.take<E>(up.packed_size(kColumns));
     // Where out holds the sums as they are, they go straight there.
-    const bool holds_sums = p.out_dtype == dtype_of<T>() && plan.contiguous(block);
+    const bool holds_sums = !kIsPair<E> && p.out_dtype == dtype_of<T>() && plan.contiguous(block);
     for (int64_t j = begin; j < end; j += kColumns) {
       const int64_t n = minimum(kColumns, end - j);
-      const T* const from = up_packed[block.group];
+      const E* const from = up_packed[block.group];
       if (from == nullptr) up.pack(block.group, j, j + n, panels);
-      const T* const b = from != nullptr ? from + j * up.depth() : panels;
+      const E* const b = from != nullptr ? from + j * up.depth() : panels;
       if (holds_sums && n % kLanes<T> == 0) {
         T* const out = static_cast<T*>(p.out) + plan.token(block, 0) * p.out_row_stride + j;
         gemm(block.rows, n, up.depth(), middle, middle_stride, 1, b, out, p.out_row_stride,
              p.accumulate ? Mode::accumulate : Mode::overwrite);
       } else {
         gemm(block.rows, n, up.depth(), middle, middle_stride, 1, b, tile, kColumns, Mode::overwrite);
+        if (kIsPair<E> && bias != nullptr) add_bias(block.rows, j, n, tile);
         store_tile(block, tile, j, n);
       }
+    }
+  }
+
+  // tile += the columns j .. j + n - 1 of bias.
+  void add_bias(int64_t rows, int64_t j, int64_t n, T* tile) const {
+    for (int64_t c = 0; c < n; c += kLanes<T>) {
+      const Vec<T> part = load_columns(bias, j + c, j + n);
+      for (int64_t i = 0; i < rows; ++i) store(tile + i * kColumns + c, load(tile + i * kColumns + c) + part);
     }
   }
 
@@ -386,7 +439,7 @@ class Forward {
   void write_base(const Block& block, int64_t begin, int64_t end) const {
     if (p.accumulate) return;
     Scratch local;
-    const T* row = up.bias != nullptr ? up.bias + begin : zeros<T>(end - begin, local);
+    const T* row = bias != nullptr ? bias + begin : zeros<T>(end - begin, local);
     for (int64_t i = 0; i < block.rows; ++i) {
       store_row(p.out_dtype, row, end - begin, p.out, plan.token(block, i) * p.out_row_stride + begin);
     }
@@ -395,26 +448,30 @@ class Forward {
   Scratch scratch;
   const LowRankForward& p;
   const Plan plan;
-  const Deep<T> down;  // A^T (in_features, rank)
-  const Wide<T> up;    // B^T (rank, out_features)
-  T** const up_packed;
+  const T* const bias;  // (out_features), or null
+  const Deep<E> down;   // A^T (in_features, rank)
+  const Wide<E> up;     // B^T (rank, out_features)
+  E** const up_packed;
   const int64_t middle_stride;
 };
 
 // ---- backward ----
 
-template <class T>
+template <class E>
 class Backward {
+  using T = SumOf<E>;
+
  public:
   explicit Backward(const LowRankBackward& parameters)
       : p(parameters),
         plan(make_plan(p.tokens, p.adapters, p.adapter_index, scratch)),
-        up{{p.param_dtype, p.b, p.out_features, p.rank, p.rank, 1}, scratch.take<T*>(plan.groups)},
+        up{{p.param_dtype, p.b, p.out_features, p.rank, p.rank, 1}, scratch.take<E*>(plan.groups)},
         down{{p.param_dtype, p.a, p.rank, p.in_features, p.in_features, 1}, nullptr},
         middle_stride(padded<T>(p.rank)) {}
 
   void run_all() {
     if (p.dx != nullptr || p.da != nullptr) make_middle();
+    if (kIsPair<E> && p.db != nullptr) pack_hidden();
     const int64_t in_width = slice_width(p.in_features), out_width = slice_width(p.out_features);
     const int64_t in_tasks = p.dx != nullptr || p.da != nullptr ? ceil_div(p.in_features, in_width) : 0;
     const int64_t out_tasks = p.db != nullptr || p.dbias != nullptr ? ceil_div(p.out_features, out_width) : 0;
@@ -446,7 +503,7 @@ class Backward {
     for (int64_t group = 0; group < plan.groups; ++group) {
       up.packed[group] = nullptr;
       if (group == p.adapters || plan.tokens(group) <= kFewRows || up.lies_right()) continue;
-      up.packed[group] = scratch.take<T>(up.packed_size());
+      up.packed[group] = scratch.take<E>(up.packed_size());
       groups[count++] = group;
     }
     const int64_t each = ceil_div(p.out_features, kPackColumns);
@@ -454,19 +511,50 @@ class Backward {
       const int64_t begin = task % each * kPackColumns;
       up.pack(groups[task / each], begin, minimum(begin + kPackColumns, p.out_features));
     });
-    middle = scratch.take<T>(p.tokens * middle_stride);
+    if constexpr (kIsPair<E>) {
+      middle_rows = scratch.take<E>(p.dx != nullptr ? p.tokens * units<E>(p.rank) : 0);
+      middle_panels = scratch.take<E>(p.da != nullptr ? plan.count * block_panels() : 0);
+    } else {
+      middle = scratch.take<T>(p.tokens * middle_stride);
+    }
     run(plan.group_block[p.adapters], p.tokens * p.rank * p.out_features, [&](int64_t task) {
       const Block& block = plan.blocks[task];
-      T* const rows = middle + block.first * middle_stride;
-      up.multiply(
-          block, [&](int64_t j, int64_t n, T* columns) { return view_grad_out(block, j, n, columns); }, rows,
-          middle_stride);
+      Scratch local;
+      T* rows = nullptr;
+      if constexpr (kIsPair<E>) {
+        rows = local.take<T>(block.rows * middle_stride);
+      } else {
+        rows = middle + block.first * middle_stride;
+      }
+      const auto view = [&](int64_t j, int64_t n, E* columns) {
+        return view_operand(plan, block, p.out_dtype, p.grad_out, p.grad_out_row_stride, j, n, Dropout{}, columns);
+      };
+      up.multiply(block, view, rows, middle_stride);
       scale_rows(block.rows, middle_stride, static_cast<T>(p.scale), rows);
+      if constexpr (kIsPair<E>) {
+        const int64_t stride = units<E>(p.rank);
+        for (int64_t i = 0; p.dx != nullptr && i < block.rows; ++i) {
+          store_operand(rows + i * middle_stride, p.rank, middle_rows + (block.first + i) * stride);
+        }
+        if (p.da != nullptr) {
+          pack_operand(dtype_of<T>(), rows, middle_stride, 1, block.rows, p.rank,
+                       middle_panels + task * block_panels());
+        }
+      }
     });
   }
 
-  Tile<T> view_grad_out(const Block& block, int64_t j, int64_t n, T* columns) const {
-    return view_columns(plan, block, p.out_dtype, p.grad_out, p.grad_out_row_stride, j, n, columns);
+  // For pairs: the rows of a block as panels of pairs of tokens.
+  int64_t block_panels() const { return panel_size<E>(units<E>(kBlockRows), p.rank); }
+  void pack_hidden() {
+    if constexpr (kIsPair<E>) {
+      hidden_panels = scratch.take<E>(plan.count * block_panels());
+      run(plan.count, p.tokens * p.rank, [&](int64_t task) {
+        const Block& block = plan.blocks[task];
+        pack_operand(dtype_of<T>(), static_cast<const T*>(p.hidden) + block.first * p.rank, p.rank, 1, block.rows,
+                     p.rank, hidden_panels + task * block_panels());
+      });
+    }
   }
 
   // Columns begin .. end - 1 of dx and dA.
@@ -474,7 +562,7 @@ class Backward {
     Scratch local;
     const int64_t stride = padded<T>(end - begin);
     T* const sums = p.da != nullptr ? local.take<T>(p.rank * stride) : nullptr;
-    T* const panels = p.dx != nullptr ? local.take<T>(down.packed_size(end - begin)) : nullptr;
+    E* const panels = p.dx != nullptr ? local.take<E>(down.packed_size(end - begin)) : nullptr;
     for (int64_t group = 0; group < p.adapters; ++group) {
       const Block *const first = first_block(group), *const last = last_block(group);
       if (panels != nullptr && first < last) down.pack(group, begin, end, panels);
@@ -502,9 +590,8 @@ class Backward {
   // dx = mask * (middle A), dA (+)= middle^T (mask * x), for columns j .. j + n - 1 of x and a block of
   // tokens.
   void take_x(const Block& block, int64_t j, int64_t n, T* sums, int64_t sums_stride, Mode mode,
-              const T* a_panels) const {
+              const E* a_panels) const {
     Scratch local;
-    const T* const rows = middle + block.first * middle_stride;
     T* const tile = local.take<T>(block.rows * kColumns);
     T* mask = nullptr;
     if (p.dropout.active()) {
@@ -514,22 +601,54 @@ class Backward {
       }
     }
     if (sums != nullptr) {
-      T* const x_panels = local.take<T>(panel_size<T>(block.rows, kColumns));
-      const Tile<T> x = masked_input(block, j, n, mask, tile);
-      pack_panels(dtype_of<T>(), x.data, x.row_stride, 1, block.rows, n, x_panels);
-      gemm(p.rank, n, block.rows, rows, 1, middle_stride, x_panels, sums, sums_stride, mode);
+      E* const x_panels = local.take<E>(panel_size<E>(units<E>(block.rows), kColumns));
+      if (kIsPair<E> && mask == nullptr) {
+        pack_operand(p.x_dtype, element(p.x_dtype, p.x, plan.token(block, 0) * p.x_row_stride + j), p.x_row_stride, 1,
+                     block.rows, n, x_panels);
+      } else {
+        const Tile<T> x = masked_input(block, j, n, mask, tile);
+        pack_operand(dtype_of<T>(), x.data, x.row_stride, 1, block.rows, n, x_panels);
+      }
+      add_products(block, middle_panels, middle, middle_stride, n, x_panels, sums, sums_stride, mode);
     }
     if (a_panels == nullptr) return;
-    if (mask == nullptr && p.x_dtype == dtype_of<T>() && n % kLanes<T> == 0 && plan.contiguous(block)) {
+    const bool as_it_is = !kIsPair<E> && mask == nullptr && p.x_dtype == dtype_of<T>() && n % kLanes<T> == 0;
+    if (as_it_is && plan.contiguous(block)) {
       T* const dx = static_cast<T*>(p.dx) + plan.token(block, 0) * p.in_features + j;
-      gemm(block.rows, n, p.rank, rows, middle_stride, 1, a_panels, dx, p.in_features, Mode::overwrite);
+      times_a(block, n, a_panels, dx, p.in_features);
       return;
     }
-    gemm(block.rows, n, p.rank, rows, middle_stride, 1, a_panels, tile, kColumns, Mode::overwrite);
+    times_a(block, n, a_panels, tile, kColumns);
     for (int64_t i = 0; i < block.rows; ++i) {
       T* const row = tile + i * kColumns;
       if (mask != nullptr) multiply_row(n, mask + i * kColumns, row);
       store_row(p.x_dtype, row, n, p.dx, plan.token(block, i) * p.in_features + j);
+    }
+  }
+
+  // middle A, n columns of it
+  void times_a(const Block& block, int64_t n, const E* a_panels, T* to, int64_t stride) const {
+    if constexpr (kIsPair<E>) {
+      const int64_t depth = units<E>(p.rank);
+      gemm(block.rows, n, depth, middle_rows + block.first * depth, depth, 1, a_panels, to, stride, Mode::overwrite);
+    } else {
+      gemm(block.rows, n, p.rank, middle + block.first * middle_stride, middle_stride, 1, a_panels, to, stride,
+           Mode::overwrite);
+    }
+  }
+
+  // sums (rank, n) (+)= rows^T B over a block's tokens; rows (tokens, rank) in memory, or for pairs as panels.
+  void add_products(const Block& block, const E* panels, const T* rows, int64_t rows_stride, int64_t n, const E* b,
+                    T* sums, int64_t sums_stride, Mode mode) const {
+    if constexpr (kIsPair<E>) {
+      const E* const own = panels + (&block - plan.blocks) * block_panels();
+      const int64_t depth = units<E>(block.rows);
+      for (int64_t i = 0; i < p.rank; i += kPanelColumns<E>) {
+        const int64_t count = minimum(kPanelColumns<E>, p.rank - i);
+        gemm(count, n, depth, own + i * depth, 1, padded<E>(count), b, sums + i * sums_stride, sums_stride, mode);
+      }
+    } else {
+      gemm(p.rank, n, block.rows, rows + block.first * rows_stride, 1, rows_stride, b, sums, sums_stride, mode);
     }
   }
 
@@ -575,20 +694,29 @@ class Backward {
   void take_grad_out(const Block& block, int64_t begin, int64_t end, T* db, T* dbias, int64_t stride, Mode mode) const {
     Scratch local;
     T* const columns = local.take<T>(block.rows * kColumns);
-    T* const panels = local.take<T>(panel_size<T>(block.rows, kColumns));
+    E* const panels = local.take<E>(panel_size<E>(units<E>(block.rows), kColumns));
     Tile<T> hidden{};
-    if (db != nullptr) {
+    if (db != nullptr && !kIsPair<E>) {
       T* const gathered = local.take<T>(block.rows * p.rank);
       hidden = view_columns(plan, block, dtype_of<T>(), p.hidden, p.rank, 0, p.rank, gathered);
     }
     for (int64_t j = begin; j < end; j += kColumns) {
       const int64_t n = minimum(kColumns, end - j);
-      const Tile<T> dy = view_grad_out(block, j, n, columns);
-      if (db != nullptr) {
-        pack_panels(dtype_of<T>(), dy.data, dy.row_stride, 1, block.rows, n, panels);
-        gemm(p.rank, n, block.rows, hidden.data, 1, hidden.row_stride, panels, db + (j - begin), stride, mode);
+      if constexpr (kIsPair<E>) {
+        constexpr E kOnes = {0x3F80, 0x3F80};
+        const int64_t depth = units<E>(block.rows);
+        pack_operand(p.out_dtype, element(p.out_dtype, p.grad_out, block.first * p.grad_out_row_stride + j),
+                     p.grad_out_row_stride, 1, block.rows, n, panels);
+        if (db != nullptr) add_products(block, hidden_panels, nullptr, 0, n, panels, db + (j - begin), stride, mode);
+        if (dbias != nullptr) gemm(1, n, depth, &kOnes, 0, 0, panels, dbias + (j - begin), stride, Mode::accumulate);
+      } else {
+        const Tile<T> dy = view_columns(plan, block, p.out_dtype, p.grad_out, p.grad_out_row_stride, j, n, columns);
+        if (db != nullptr) {
+          pack_panels(dtype_of<T>(), dy.data, dy.row_stride, 1, block.rows, n, panels);
+          gemm(p.rank, n, block.rows, hidden.data, 1, hidden.row_stride, panels, db + (j - begin), stride, mode);
+        }
+        if (dbias != nullptr) add_rows(block.rows, n, dy, dbias + (j - begin));
       }
-      if (dbias != nullptr) add_rows(block.rows, n, dy, dbias + (j - begin));
     }
   }
 
@@ -624,28 +752,33 @@ class Backward {
   Scratch scratch;
   const LowRankBackward& p;
   const Plan plan;
-  const Deep<T> up;    // B (out_features, rank)
-  const Wide<T> down;  // A (rank, in_features)
+  const Deep<E> up;    // B (out_features, rank)
+  const Wide<E> down;  // A (rank, in_features)
   const int64_t middle_stride;
-  T* middle = nullptr;
+  T* middle = nullptr;         // (tokens, rank) in the order of the plan; for pairs instead, as far as it is wanted,
+  E* middle_rows = nullptr;    // as rows of pairs of its columns,
+  E* middle_panels = nullptr;  // and of each block as panels of pairs of tokens; hidden likewise
+  E* hidden_panels = nullptr;
 };
 
-void forward(const LowRankForward& p) {
-  if (p.tokens == 0) return;
-  if (p.param_dtype == DType::f64) {
-    Forward<double>(p).run_all();
-  } else {
-    Forward<float>(p).run_all();
+// Runs Kernel<E>(p) with the E for p's dtypes. Tokens in an order of their own have no neighbours to be paired with.
+template <template <class> class Kernel, class Parameters>
+void run_by_dtype(const Parameters& p) {
+  if (p.param_dtype == DType::f64) return Kernel<double>(p).run_all();
+  if constexpr (kMultipliesBFloat16) {
+    const bool all_bfloat16 = p.x_dtype == DType::bf16 && p.param_dtype == DType::bf16 && p.out_dtype == DType::bf16;
+    if (all_bfloat16 && p.adapter_index == nullptr && p.tokens > kFewRows) {
+      return Kernel<BFloat16Pair>(p).run_all();
+    }
   }
+  Kernel<float>(p).run_all();
 }
 
-void backward(const LowRankBackward& p) {
-  if (p.param_dtype == DType::f64) {
-    Backward<double>(p).run_all();
-  } else {
-    Backward<float>(p).run_all();
-  }
+void forward(const LowRankForward& p) {
+  if (p.tokens > 0) run_by_dtype<Forward>(p);
 }
+
+void backward(const LowRankBackward& p) { run_by_dtype<Backward>(p); }
 
 }  // namespace
 
