@@ -11,101 +11,109 @@
 namespace lwft::LWFT_ISA {
 namespace {
 
-// A tile of rows of q or grad_out, in the two forms the products read. With narrow heads they are the same
+// A tile of rows of q or grad_out, in the two forms the products read. With narrow heads of floats they are the same
 // memory.
-template <class T>
+template <class E>
 struct PackedRows {
-  T* row_major;  // (rows, padded D)
-  T* panels;     // (rows, D)
+  E* left;    // (rows, operand_stride(D)): a left-hand side
+  E* panels;  // (rows, D): a right-hand side
 
   PackedRows(int64_t d, Scratch& scratch) {
-    row_major = scratch.take<T>(kScoreRows * padded<T>(d));
-    panels = d <= kPanelColumns<T> ? row_major : scratch.take<T>(panel_size<T>(kScoreRows, d));
+    const bool same = !kIsPair<E> && d <= kPanelColumns<E>;
+    left = scratch.take<E>(kScoreRows * operand_stride<E>(d));
+    panels = same ? left : scratch.take<E>(panel_size<E>(units<E>(kScoreRows), d));
   }
   void pack(int64_t count, int64_t d) {
-    if (panels != row_major) pack_panels(dtype_of<T>(), row_major, padded<T>(d), 1, count, d, panels);
+    const DType dtype = kIsPair<E> ? DType::bf16 : dtype_of<SumOf<E>>();
+    if (panels != left) pack_operand(dtype, left, operand_stride<E>(d) * kUnit<E>, 1, count, d, panels);
   }
 };
 
-template <class T>
+template <class E>
 struct BackwardBuffers {
+  using T = SumOf<E>;
+
   T* dq = nullptr;  // (rows, padded D) of the group; null when not wanted
   // Per block.
-  T *keys_transposed, *values_transposed;  // K^T, V^T: (D, keys) in panels
-  T* keys;                                 // K: (keys, D) in panels
+  E *keys_transposed, *values_transposed;  // K^T, V^T: (D, keys) in panels
+  E* keys;                                 // K: (keys, D) in panels
   T *dk, *dv;                              // (keys, padded D)
   // Per tile.
-  PackedRows<T> q, grad_out;
+  PackedRows<E> q, grad_out;
   T *scores, *dscores;    // (kScoreRows, kScoreStride): S, then P * Z;  dP, then dS
   T *slope, *multiplier;  // (kScoreStride), of one row: derivative of the softcap; Z
+  // For pairs, scores or dscores as they come into the products: as rows, and their transpose.
+  E *score_rows, *score_columns;
 
   BackwardBuffers(int64_t d, Scratch& scratch) : q(d, scratch), grad_out(d, scratch) {
-    keys_transposed = scratch.take<T>(panel_size<T>(d, kBlockKeys));
-    values_transposed = scratch.take<T>(panel_size<T>(d, kBlockKeys));
-    keys = scratch.take<T>(panel_size<T>(kBlockKeys, d));
+    keys_transposed = scratch.take<E>(panel_size<E>(units<E>(d), kBlockKeys));
+    values_transposed = scratch.take<E>(panel_size<E>(units<E>(d), kBlockKeys));
+    keys = scratch.take<E>(panel_size<E>(units<E>(kBlockKeys), d));
     dk = scratch.take<T>(kBlockKeys * padded<T>(d));
     dv = scratch.take<T>(kBlockKeys * padded<T>(d));
     scores = scratch.take<T>(kScoreRows * kScoreStride<T>);
     dscores = scratch.take<T>(kScoreRows * kScoreStride<T>);
     slope = scratch.take<T>(kScoreStride<T>);
     multiplier = scratch.take<T>(kScoreStride<T>);
+    score_rows = scratch.take<E>(kIsPair<E> ? kScoreRows * kScoreStride<E> : 0);
+    score_columns = scratch.take<E>(kIsPair<E> ? panel_size<E>(units<E>(kScoreRows), kBlockKeys) : 0);
   }
 };
 
 // ---- scores of a tile ----
 
-// scale * q of the rows of a tile, and their grad_out.
-template <class T>
-void load_tile(const AttentionBackward& p, const HeadGroup& group, Range tile, BackwardBuffers<T>& buffers) {
-  const int64_t d = p.shape.head_dim, d_padded = padded<T>(d);
-  load_queries(group, p.q, tile, buffers.q.row_major);
-  for (int64_t row = tile.begin; row < tile.end; ++row) {
-    T* to = buffers.grad_out.row_major + (row - tile.begin) * d_padded;
-    load_row(p.shape.dtype, p.grad_out.data, group.offset(p.grad_out.stride, row), d, to);
-    fill(to, d, d_padded, T{0});
-  }
+// The rows of a tile of q, and of grad_out.
+template <class E>
+void load_tile(const AttentionBackward& p, const HeadGroup& group, Range tile, BackwardBuffers<E>& buffers) {
+  load_queries(group, p.q, tile, buffers.q.left);
+  load_operand(group, p.grad_out, tile, SumOf<E>{1}, buffers.grad_out.left);
 }
 
 // Raw scores and dP of a tile and the keys first .. end - 1 of a block; first is a multiple of kPanelColumns.
-template <class T>
+template <class E, class T = SumOf<E>>
 void score_products(const BackwardPlan<T>& plan, const HeadGroup& group, const Segment& segment, Range block,
-                    int64_t rows, int64_t first, int64_t end, BackwardBuffers<T>& buffers) {
-  const int64_t d = plan.d, d_padded = plan.d_padded;
-  if (plan.few_rows) {
-    const DType dtype = plan.p.shape.dtype;
-    const int64_t keys = end - first;
-    dot_rows(rows, keys, d, buffers.q.row_major, d_padded, dtype, segment.key(group, block.begin + first),
-             segment.k.stride[2], buffers.scores, kScoreStride<T>, Mode::overwrite);
-    dot_rows(rows, keys, d, buffers.grad_out.row_major, d_padded, dtype, segment.value(group, block.begin + first),
-             segment.v.stride[2], buffers.dscores, kScoreStride<T>, Mode::overwrite);
-  } else {
-    const int64_t keys = minimum(round_up(end, kPanelColumns<T>), block.size()) - first;  // whole panels
-    gemm(rows, keys, d, buffers.q.row_major, d_padded, 1, buffers.keys_transposed + first * d, buffers.scores,
-         kScoreStride<T>, Mode::overwrite);
-    gemm(rows, keys, d, buffers.grad_out.row_major, d_padded, 1, buffers.values_transposed + first * d, buffers.dscores,
-         kScoreStride<T>, Mode::overwrite);
+                    int64_t rows, int64_t first, int64_t end, BackwardBuffers<E>& buffers) {
+  const int64_t d = plan.d, stride = operand_stride<E>(d);
+  if constexpr (!kIsPair<E>) {
+    if (plan.few_rows) {
+      const DType dtype = plan.p.shape.dtype;
+      const int64_t keys = end - first;
+      dot_rows(rows, keys, d, buffers.q.left, stride, dtype, segment.key(group, block.begin + first),
+               segment.k.stride[2], buffers.scores, kScoreStride<T>, Mode::overwrite);
+      dot_rows(rows, keys, d, buffers.grad_out.left, stride, dtype, segment.value(group, block.begin + first),
+               segment.v.stride[2], buffers.dscores, kScoreStride<T>, Mode::overwrite);
+      return;
+    }
   }
+  const int64_t keys = minimum(round_up(end, kPanelColumns<E>), block.size()) - first;  // whole panels
+  const int64_t depth = units<E>(d);
+  gemm(rows, keys, depth, buffers.q.left, stride, 1, buffers.keys_transposed + first * depth, buffers.scores,
+       kScoreStride<T>, Mode::overwrite);
+  gemm(rows, keys, depth, buffers.grad_out.left, stride, 1, buffers.values_transposed + first * depth, buffers.dscores,
+       kScoreStride<T>, Mode::overwrite);
 }
 
 // K^T and V^T of a block, for score_products.
-template <class T>
+template <class E, class T = SumOf<E>>
 void pack_transposed(const BackwardPlan<T>& plan, const HeadGroup& group, const Segment& segment, Range block,
-                     BackwardBuffers<T>& buffers) {
+                     BackwardBuffers<E>& buffers) {
   if (plan.few_rows) return;
   const DType dtype = plan.p.shape.dtype;
-  pack_panels(dtype, segment.key(group, block.begin), 1, segment.k.stride[2], plan.d, block.size(),
-              buffers.keys_transposed);
-  pack_panels(dtype, segment.value(group, block.begin), 1, segment.v.stride[2], plan.d, block.size(),
-              buffers.values_transposed);
+  pack_operand(dtype, segment.key(group, block.begin), 1, segment.k.stride[2], plan.d, block.size(),
+               buffers.keys_transposed);
+  pack_operand(dtype, segment.value(group, block.begin), 1, segment.v.stride[2], plan.d, block.size(),
+               buffers.values_transposed);
 }
 
 // Raw scores and dP of the keys `seen` of one row become scores and Z * dP. Returns Z, or null without
 // dropout.
-template <class T>
+template <class E, class T = SumOf<E>>
 const T* finish_row(const HeadGroup& group, int64_t row, const Segment& segment, Range seen,
-                    const BackwardBuffers<T>& buffers, T* scores, T* dscores) {
+                    const BackwardBuffers<E>& buffers, T* scores, T* dscores) {
   const Dropout& dropout = group.rule.dropout;
   const int64_t n = seen.size();
+  const T scale = scores_scale<E>(group);
+  if (scale != T{1}) scale_row(n, scores, scale);
   finish_scores(group, row, segment.prefix, seen.begin, n, scores, buffers.slope);
   fill(dscores, n, padded<T>(n), T{0});
   if (!dropout.active()) return nullptr;
@@ -142,8 +150,8 @@ T grad_lse(const AttentionBackward& p, const HeadGroup& group, int64_t row) {
 // too. Mostly that does not matter beside the other errors. Where it does, the statistics are taken from all
 // scores and dP of the row.
 
-template <class T>
-void exact_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range tile, BackwardBuffers<T>& buffers) {
+template <class E, class T = SumOf<E>>
+void exact_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range tile, BackwardBuffers<E>& buffers) {
   RunningDelta<T> rows[kScoreRows];
   load_tile(plan.p, group, tile, buffers);
   // The same blocks as for the gradients, so that S and dP are the same to the last bit.
@@ -170,14 +178,13 @@ void exact_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range
   }
 }
 
-template <class T>
+template <class E, class T = SumOf<E>>
 void row_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range tile) {
   const AttentionBackward& p = plan.p;
   const int64_t d = plan.d;
   Scratch scratch;
-  BackwardBuffers<T> buffers(d, scratch);
-  T* grad_out_row = buffers.grad_out.row_major;
-  T* out_row = buffers.q.row_major;
+  T* grad_out_row = scratch.take<T>(plan.d_padded);
+  T* out_row = scratch.take<T>(plan.d_padded);
   bool exact = plan.exact_statistics;
   for (int64_t row = tile.begin; row < tile.end && !exact; ++row) {
     const T lse = static_cast<const T*>(p.lse)[group.index(row)];
@@ -192,7 +199,9 @@ void row_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range t
     plan.statistics_of(group)[row] = {sees_nothing ? kInfinity<T> : lse, T{1},  // then P = 0
                                       sees_nothing ? T{0} : sum(products) - grad_lse<T>(p, group, row)};
   }
-  if (exact) exact_statistics(plan, group, tile, buffers);
+  if (!exact) return;
+  BackwardBuffers<E> buffers(d, scratch);
+  exact_statistics(plan, group, tile, buffers);
 }
 
 // ---- a tile ----
@@ -231,9 +240,9 @@ void add_bias_gradient(const BiasSums<T>& bias, T* sums, int64_t first, int64_t 
 
 // One row of a tile: raw scores and dP of `width` keys from `first` on become P * Z and dS, 0 where nothing
 // is seen.
-template <class T>
+template <class E, class T = SumOf<E>>
 void score_gradient_row(const BackwardPlan<T>& plan, const HeadGroup& group, int64_t row, const Segment& segment,
-                        int64_t chunk, Range block, int64_t first, int64_t width, const BackwardBuffers<T>& buffers,
+                        int64_t chunk, Range block, int64_t first, int64_t width, const BackwardBuffers<E>& buffers,
                         T* scores, T* dscores) {
   const Range seen = intersect(segment.visible(group, row), block);
   if (seen.empty()) {
@@ -269,14 +278,32 @@ void score_gradient_row(const BackwardPlan<T>& plan, const HeadGroup& group, int
   }
 }
 
-template <class T>
+// to (width, padded D) += scores^T B, scores (count, width), B (count, D) in panels.
+template <class E, class T = SumOf<E>>
+void add_transposed_product(int64_t width, int64_t d, int64_t count, const T* scores, const E* b,
+                            BackwardBuffers<E>& buffers, T* to) {
+  const int64_t d_padded = padded<T>(d);
+  if constexpr (kIsPair<E>) {
+    const int64_t depth = units<E>(count);
+    pack_operand(dtype_of<T>(), scores, kScoreStride<T>, 1, count, width, buffers.score_columns);
+    for (int64_t i = 0; i < width; i += kPanelColumns<E>) {
+      const int64_t keys = minimum(kPanelColumns<E>, width - i);
+      gemm(keys, d, depth, buffers.score_columns + i * depth, 1, padded<E>(keys), b, to + i * d_padded, d_padded,
+           Mode::accumulate);
+    }
+  } else {
+    gemm(width, d, count, scores, 1, kScoreStride<T>, b, to, d_padded, Mode::accumulate);
+  }
+}
+
+template <class E, class T = SumOf<E>>
 void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const Segment& segment, int64_t chunk,
-                    Range block, Range tile, bool dk_wanted, bool dv_wanted, BackwardBuffers<T>& buffers) {
+                    Range block, Range tile, bool dk_wanted, bool dv_wanted, BackwardBuffers<E>& buffers) {
   const AttentionBackward& p = plan.p;
   const int64_t d = plan.d, d_padded = plan.d_padded, count = tile.size();
   const Range seen = intersect(segment.visible(group, tile), block);
   if (seen.empty()) return;
-  const int64_t first = plan.few_rows ? 0 : (seen.begin - block.begin) / kPanelColumns<T> * kPanelColumns<T>;
+  const int64_t first = plan.few_rows ? 0 : (seen.begin - block.begin) / kPanelColumns<E> * kPanelColumns<E>;
   const int64_t end = seen.end - block.begin, width = end - first;
 
   load_tile(p, group, tile, buffers);
@@ -287,26 +314,34 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
   }
   if (dv_wanted) {
     buffers.grad_out.pack(count, d);
-    gemm(width, d, count, buffers.scores, 1, kScoreStride<T>, buffers.grad_out.panels, buffers.dv + first * d_padded,
-         d_padded, Mode::accumulate);
+    add_transposed_product(width, d, count, buffers.scores, buffers.grad_out.panels, buffers,
+                           buffers.dv + first * d_padded);
   }
   if (dk_wanted) {
     buffers.q.pack(count, d);
-    gemm(width, d, count, buffers.dscores, 1, kScoreStride<T>, buffers.q.panels, buffers.dk + first * d_padded,
-         d_padded, Mode::accumulate);
+    add_transposed_product(width, d, count, buffers.dscores, buffers.q.panels, buffers, buffers.dk + first * d_padded);
   }
   if (buffers.dq == nullptr) return;
   T* dq = buffers.dq + tile.begin * d_padded;
-  if (plan.few_rows) {
-    combine_rows(count, d, width, buffers.dscores, kScoreStride<T>, p.shape.dtype, segment.key(group, block.begin),
-                 segment.k.stride[2], dq, d_padded, Mode::accumulate);
-    return;
+  const E* rows = nullptr;
+  if constexpr (kIsPair<E>) {
+    for (int64_t i = 0; i < count; ++i) {
+      store_operand(buffers.dscores + i * kScoreStride<T>, width, buffers.score_rows + i * kScoreStride<E>);
+    }
+    rows = buffers.score_rows;
+  } else {
+    rows = buffers.dscores;
+    if (plan.few_rows) {
+      combine_rows(count, d, width, buffers.dscores, kScoreStride<T>, p.shape.dtype, segment.key(group, block.begin),
+                   segment.k.stride[2], dq, d_padded, Mode::accumulate);
+      return;
+    }
   }
   // One panel of K at a time, so that the keys may be a part of those packed.
-  for (int64_t j = 0; j < d; j += kPanelColumns<T>) {
-    const int64_t panel_width = minimum(kPanelColumns<T>, padded<T>(d - j));
-    gemm(count, panel_width, width, buffers.dscores, kScoreStride<T>, 1,
-         buffers.keys + j * block.size() + first * panel_width, dq + j, d_padded, Mode::accumulate);
+  for (int64_t j = 0; j < d; j += kPanelColumns<E>) {
+    const int64_t panel_width = minimum(kPanelColumns<E>, padded<E>(d - j));
+    gemm(count, panel_width, units<E>(width), rows, kScoreStride<E>, 1,
+         buffers.keys + j * units<E>(block.size()) + units<E>(first) * panel_width, dq + j, d_padded, Mode::accumulate);
   }
 }
 
@@ -330,9 +365,9 @@ void store_key_gradient(const BackwardPlan<T>& plan, const HeadGroup& group, boo
   }
 }
 
-template <class T>
+template <class E, class T = SumOf<E>>
 void block_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_t index, int64_t chunk,
-                     BackwardBuffers<T>& buffers) {
+                     BackwardBuffers<E>& buffers) {
   const AttentionBackward& p = plan.p;
   const bool prefix = plan.is_prefix(index);
   const Segment segment(p, prefix);
@@ -343,8 +378,8 @@ void block_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_
 
   pack_transposed(plan, group, segment, block, buffers);
   if (buffers.dq != nullptr && !plan.few_rows) {
-    pack_panels(p.shape.dtype, segment.key(group, block.begin), segment.k.stride[2], 1, block.size(), plan.d,
-                buffers.keys);
+    pack_operand(p.shape.dtype, segment.key(group, block.begin), segment.k.stride[2], 1, block.size(), plan.d,
+                 buffers.keys);
   }
   fill(buffers.dk, 0, block.size() * plan.d_padded, T{0});
   fill(buffers.dv, 0, block.size() * plan.d_padded, T{0});
@@ -352,6 +387,8 @@ void block_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_
     tile_gradients(plan, group, segment, chunk, block, plan.tiles[t], dk_wanted, dv_wanted, buffers);
   }
   if (dk_wanted) {
+    const T scale = scores_scale<E>(group);
+    if (scale != T{1}) scale_row(block.size() * plan.d_padded, buffers.dk, scale);
     store_key_gradient(plan, group, prefix, block, buffers.dk, p.dk, p.dprefix_k, plan.dprefix_k);
   }
   if (dv_wanted) {
@@ -368,10 +405,10 @@ void store_dq(const BackwardPlan<T>& plan, const HeadGroup& group, Range rows, T
   }
 }
 
-template <class T>
+template <class E, class T = SumOf<E>>
 void group_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_t chunk) {
   Scratch scratch;
-  BackwardBuffers<T> buffers(plan.d, scratch);
+  BackwardBuffers<E> buffers(plan.d, scratch);
   if (plan.p.dq.data != nullptr) {
     const int64_t size = plan.rows * plan.d_padded;
     buffers.dq = plan.dq_chunks == nullptr ? scratch.take<T>(size) : plan.dq_chunk(group.number(), chunk);
@@ -398,17 +435,17 @@ void sum_dq_chunks(const BackwardPlan<T>& plan) {
   });
 }
 
-template <class T>
+template <class E, class T = SumOf<E>>
 void backward_as(const AttentionBackward& p) {
   Scratch scratch;
   const BackwardPlan<T> plan(p, scratch);
   parallel_for(plan.groups * plan.tiles.count, [&](int64_t task) {
     const HeadGroup group(p.shape, p.rule, task / plan.tiles.count);
-    row_statistics(plan, group, plan.tiles[task % plan.tiles.count]);
+    row_statistics<E>(plan, group, plan.tiles[task % plan.tiles.count]);
   });
   parallel_for(plan.owners * plan.chunks.count, [&](int64_t task) {
     for (int64_t member = 0; member < plan.members(); ++member) {
-      group_gradients(plan, plan.group(task / plan.chunks.count, member), task % plan.chunks.count);
+      group_gradients<E>(plan, plan.group(task / plan.chunks.count, member), task % plan.chunks.count);
     }
   });
   if (plan.dq_chunks != nullptr) sum_dq_chunks(plan);
@@ -421,11 +458,12 @@ void backward_as(const AttentionBackward& p) {
 
 // In the table of attention_cpu.cpp.
 void attention_backward(const AttentionBackward& p) {
-  if (p.shape.dtype == DType::f64) {
-    backward_as<double>(p);
-  } else {
-    backward_as<float>(p);
+  if (p.shape.dtype == DType::f64) return backward_as<double>(p);
+  if constexpr (kMultipliesBFloat16) {
+    const bool many = HeadGroup::rows(p.shape) > kFewRows;
+    if (p.shape.dtype == DType::bf16 && many) return backward_as<BFloat16Pair>(p);
   }
+  backward_as<float>(p);
 }
 
 }  // namespace lwft::LWFT_ISA

@@ -22,8 +22,8 @@ constexpr int64_t kChunkBytes = int64_t{64} << 20;
 constexpr double kLseTooLarge = 1e5;
 // Where the prefix and the keys are so few together, every one weighs much.
 constexpr int64_t kFewKeys = 32;
-template <class T>
-constexpr int64_t kScoreStride = kBlockKeys + 2 * kLanes<T>;
+template <class E>
+constexpr int64_t kScoreStride = units<E>(kBlockKeys) + 2 * kLanes<E>;
 
 // Where the sums of dS that become dbias stand: five strides into one buffer. Stride 0 = summed over.
 template <class T>

@@ -34,9 +34,9 @@ Pieces task_rows(const AttentionShape& shape) {
 }
 
 // Keys of a block, for panels of at most kPanelBytes (with very large heads: of 64 keys).
-template <class T>
+template <class E>
 int64_t block_keys(int64_t head_dim) {
-  const int64_t fitting = kPanelBytes / (head_dim * static_cast<int64_t>(sizeof(T)));
+  const int64_t fitting = kPanelBytes / (units<E>(head_dim) * static_cast<int64_t>(sizeof(E)));
   return maximum<int64_t>(64, minimum(kBlockKeys, fitting / 64 * 64));
 }
 
@@ -54,17 +54,18 @@ void store_result(const AttentionForward& p, const HeadGroup& group, int64_t row
   static_cast<T*>(p.lse)[group.index(row)] = softmax.log_sum_exp();
 }
 
-// One row of a tile: finished scores of the keys `seen`, exponentiated and dropped out; 0 for the other keys
-// from `first` on, `width` in all. Returns the factor of what the row has summed so far.
+// One row of a tile: scores of the keys `seen`, but for `scale`, are finished, exponentiated and dropped out; 0 for the
+// other keys from `first` on, `width` in all. Returns the factor of what the row has summed so far.
 template <class T>
 T softmax_row(const HeadGroup& group, int64_t row, const Segment& segment, Range seen, int64_t first, int64_t width,
-              RunningSoftmax<T>& softmax, T* x) {
+              T scale, RunningSoftmax<T>& softmax, T* x) {
   const int64_t begin = seen.begin - first, n = seen.size();
   T factor{1};
   if (seen.empty()) {
     fill(x, 0, width, T{0});
     return factor;
   }
+  if (scale != T{1}) scale_row(n, x + begin, scale);
   finish_scores(group, row, segment.prefix, seen.begin, n, x + begin);
   factor = softmax.add(n, x + begin);
   if (group.rule.dropout.active()) {
@@ -75,67 +76,79 @@ T softmax_row(const HeadGroup& group, int64_t row, const Segment& segment, Range
   return factor;
 }
 
-template <class T>
+template <class E>
 struct ForwardBuffers {
-  T* q;                        // (rows, padded D), scaled
+  using T = SumOf<E>;
+
+  E* q;                        // (rows, operand_stride(D))
   T* out;                      // (rows, padded D)
   RunningSoftmax<T>* softmax;  // (rows)
   bool* started;               // per tile: whether `out` holds anything yet
-  T* key_panels;               // K^T of the block: (D, keys) in panels
-  T* value_panels;             // V of the block: (keys, D) in panels
+  E* key_panels;               // K^T of the block: (D, keys) in panels
+  E* value_panels;             // V of the block: (keys, D) in panels
   T* scores;                   // (kScoreRows, kScoreStride)
+  E* weights;                  // for pairs: the same, exponentiated, as a left-hand side
 };
 
 // A row of scores may be overwritten past its end by a vector; and not a power of two, or all rows would meet
 // in the same sets of the cache.
-template <class T>
-constexpr int64_t kScoreStride = kBlockKeys + 2 * kLanes<T>;
+template <class E>
+constexpr int64_t kScoreStride = units<E>(kBlockKeys) + 2 * kLanes<E>;
 
 // Rows `tile`, at tile_start in the task's buffers, against the keys of a packed block that they see.
-template <class T>
+template <class E, class T = SumOf<E>>
 void attend_tile(const HeadGroup& group, const Segment& segment, Range block, Range tile, int64_t tile_start,
-                 bool& started, const ForwardBuffers<T>& buffers) {
+                 bool& started, const ForwardBuffers<E>& buffers) {
   const Range seen = intersect(segment.visible(group, tile), block);
   if (seen.empty()) return;
-  const int64_t d = group.shape.head_dim, d_padded = padded<T>(d);
+  const int64_t d = group.shape.head_dim, d_padded = padded<T>(d), q_stride = operand_stride<E>(d);
   // Whole panels of keys, from the first one seen to the last.
-  const int64_t first = (seen.begin - block.begin) / kPanelColumns<T> * kPanelColumns<T>;
-  const int64_t end = seen.end - block.begin;
-  const int64_t columns = minimum(round_up(end, kPanelColumns<T>), block.size()) - first;
+  const int64_t first = (seen.begin - block.begin) / kPanelColumns<E> * kPanelColumns<E>;
+  const int64_t end = seen.end - block.begin, width = end - first;
+  const int64_t columns = minimum(round_up(end, kPanelColumns<E>), block.size()) - first;
   T* out = buffers.out + tile_start * d_padded;
-  gemm(tile.size(), columns, d, buffers.q + tile_start * d_padded, d_padded, 1, buffers.key_panels + first * d,
-       buffers.scores, kScoreStride<T>, Mode::overwrite);
+  gemm(tile.size(), columns, units<E>(d), buffers.q + tile_start * q_stride, q_stride, 1,
+       buffers.key_panels + first * units<E>(d), buffers.scores, kScoreStride<T>, Mode::overwrite);
+  const T scale = scores_scale<E>(group);
   for (int64_t i = 0; i < tile.size(); ++i) {
     const int64_t row = tile.begin + i;
-    const T factor =
-        softmax_row(group, row, segment, intersect(segment.visible(group, row), block), block.begin + first,
-                    end - first, buffers.softmax[tile_start + i], buffers.scores + i * kScoreStride<T>);
+    T* const x = buffers.scores + i * kScoreStride<T>;
+    const T factor = softmax_row(group, row, segment, intersect(segment.visible(group, row), block),
+                                 block.begin + first, width, scale, buffers.softmax[tile_start + i], x);
+    if constexpr (kIsPair<E>) store_operand(x, width, buffers.weights + i * kScoreStride<E>);
     if (started && factor != T{1}) scale_row(d_padded, out + i * d_padded, factor);
   }
+  const E* weights = nullptr;
+  if constexpr (kIsPair<E>) {
+    weights = buffers.weights;
+  } else {
+    weights = buffers.scores;
+  }
   // One panel of V at a time, so that the keys may be a part of those packed.
-  for (int64_t j = 0; j < d; j += kPanelColumns<T>) {
-    const int64_t width = minimum(kPanelColumns<T>, padded<T>(d - j));
-    gemm(tile.size(), width, end - first, buffers.scores, kScoreStride<T>, 1,
-         buffers.value_panels + j * block.size() + first * width, out + j, d_padded,
+  for (int64_t j = 0; j < d; j += kPanelColumns<E>) {
+    const int64_t panel_width = minimum(kPanelColumns<E>, padded<E>(d - j));
+    gemm(tile.size(), panel_width, units<E>(width), weights, kScoreStride<E>, 1,
+         buffers.value_panels + j * units<E>(block.size()) + units<E>(first) * panel_width, out + j, d_padded,
          started ? Mode::accumulate : Mode::overwrite);
   }
   started = true;
 }
 
-template <class T>
+template <class E, class T = SumOf<E>>
 void forward_rows(const AttentionForward& p, const HeadGroup& group, Range rows) {
   const int64_t d = p.shape.head_dim, d_padded = padded<T>(d);
   const Pieces tiles(rows.size(), kScoreRows, kTileRows);
   Scratch scratch;
-  ForwardBuffers<T> buffers{};
-  buffers.q = scratch.take<T>(rows.size() * d_padded);
+  ForwardBuffers<E> buffers{};
+  buffers.q = scratch.take<E>(rows.size() * operand_stride<E>(d));
   buffers.out = scratch.take<T>(rows.size() * d_padded);
   buffers.softmax = scratch.take<RunningSoftmax<T>>(rows.size());
   buffers.started = scratch.take<bool>(tiles.count);
-  const int64_t most_keys = block_keys<T>(d);
-  buffers.key_panels = scratch.take<T>(panel_size<T>(d, most_keys));
-  buffers.value_panels = scratch.take<T>(panel_size<T>(most_keys, d));
+  const int64_t most_keys = block_keys<E>(d);
+  buffers.key_panels = scratch.take<E>(panel_size<E>(units<E>(d), most_keys));
+  buffers.value_panels = scratch.take<E>(panel_size<E>(units<E>(most_keys), d));
   buffers.scores = scratch.take<T>(kScoreRows * kScoreStride<T>);
+  buffers.weights = scratch.take<E>(kIsPair<E> ? kScoreRows * kScoreStride<E> : 0);
   load_queries(group, p.q, rows, buffers.q);
   for (int64_t i = 0; i < rows.size(); ++i) buffers.softmax[i] = RunningSoftmax<T>{};
   for (int64_t i = 0; i < tiles.count; ++i) buffers.started[i] = false;
@@ -146,10 +159,10 @@ void forward_rows(const AttentionForward& p, const HeadGroup& group, Range rows)
     const Pieces blocks(visible.size(), most_keys, kLanes<T>);
     for (int64_t i = 0; i < blocks.count; ++i) {
       const Range block{visible.begin + blocks[i].begin, visible.begin + blocks[i].end};
-      pack_panels(p.shape.dtype, segment.key(group, block.begin), 1, segment.k.stride[2], d, block.size(),
-                  buffers.key_panels);
-      pack_panels(p.shape.dtype, segment.value(group, block.begin), segment.v.stride[2], 1, block.size(), d,
-                  buffers.value_panels);
+      pack_operand(p.shape.dtype, segment.key(group, block.begin), 1, segment.k.stride[2], d, block.size(),
+                   buffers.key_panels);
+      pack_operand(p.shape.dtype, segment.value(group, block.begin), segment.v.stride[2], 1, block.size(), d,
+                   buffers.value_panels);
       for (int64_t t = 0; t < tiles.count; ++t) {
         const Range tile{rows.begin + tiles[t].begin, rows.begin + tiles[t].end};
         attend_tile(group, segment, block, tile, tiles[t].begin, buffers.started[t], buffers);
@@ -161,14 +174,14 @@ void forward_rows(const AttentionForward& p, const HeadGroup& group, Range rows)
   }
 }
 
-template <class T>
+template <class E>
 void forward_many(const AttentionForward& p) {
   const Pieces rows = task_rows(p.shape);
   parallel_for(HeadGroup::count(p.shape) * rows.count, [&](int64_t task) {
     // Later rows of a causal head see more keys. Taken alternately from both ends, any stretch of tasks that
     // a thread is handed costs about the same.
     const int64_t i = task % rows.count;
-    forward_rows<T>(p, HeadGroup(p.shape, p.rule, task / rows.count),
+    forward_rows<E>(p, HeadGroup(p.shape, p.rule, task / rows.count),
                     rows[i % 2 == 0 ? i / 2 : rows.count - 1 - i / 2]);
   });
 }
@@ -200,7 +213,7 @@ void attend_few(const AttentionForward& p, const HeadGroup& group, const Segment
   dot_rows(rows, seen.size(), d, q, d_padded, p.shape.dtype, segment.key(group, seen.begin), segment.k.stride[2],
            scores, score_stride, Mode::overwrite);
   for (int64_t row = 0; row < rows; ++row) {
-    softmax_row(group, row, segment, intersect(segment.visible(group, row), seen), seen.begin, seen.size(),
+    softmax_row(group, row, segment, intersect(segment.visible(group, row), seen), seen.begin, seen.size(), T{1},
                 softmax[row], scores + row * score_stride);
   }
   combine_rows(rows, d, seen.size(), scores, score_stride, p.shape.dtype, segment.value(group, seen.begin),
@@ -256,21 +269,14 @@ void forward_few(const AttentionForward& p) {
   });
 }
 
-template <class T>
-void forward_as(const AttentionForward& p) {
-  if (HeadGroup::rows(p.shape) <= kFewRows) {
-    forward_few<T>(p);
-  } else {
-    forward_many<T>(p);
-  }
-}
-
 void forward(const AttentionForward& p) {
-  if (p.shape.dtype == DType::f64) {
-    forward_as<double>(p);
-  } else {
-    forward_as<float>(p);
+  const bool few = HeadGroup::rows(p.shape) <= kFewRows;
+  if (p.shape.dtype == DType::f64) return few ? forward_few<double>(p) : forward_many<double>(p);
+  if (few) return forward_few<float>(p);
+  if constexpr (kMultipliesBFloat16) {
+    if (p.shape.dtype == DType::bf16) return forward_many<BFloat16Pair>(p);
   }
+  forward_many<float>(p);
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 #include "attention/attention.h"
 #include "common/cpu/convert.h"
 #include "common/cpu/dropout_vec.h"
-#include "common/cpu/tile.h"
+#include "common/cpu/operand.h"
 #include "common/cpu/vec_math.h"
 
 namespace lwft::LWFT_ISA {
@@ -243,16 +243,40 @@ struct RunningSoftmax {
   T inverse_total() const { return total == 0 ? T{0} : T{1} / total; }
 };
 
-// scale * q of some rows, (rows, padded<T>(D)), zeros in the padding.
-template <class T>
-inline void load_queries(const HeadGroup& group, const Strided& q, Range rows, T* to) {
-  const int64_t d = group.shape.head_dim, width = padded<T>(d);
-  const T scale = static_cast<T>(group.rule.scale);
+// ---- rows of q and of grad_out as left-hand sides ----
+
+// Row stride of D columns as a left-hand side.
+template <class E>
+constexpr int64_t operand_stride(int64_t d) {
+  return kIsPair<E> ? units<E>(d) : padded<SumOf<E>>(d);
+}
+
+// Some rows of a (B, H, S, D) tensor, times `factor`; of floats zeros in the padding, of pairs as they are: the factor
+// would have to be rounded away.
+template <class E>
+inline void load_operand(const HeadGroup& group, const Strided& tensor, Range rows, SumOf<E> factor, E* to) {
+  const int64_t d = group.shape.head_dim, width = operand_stride<E>(d);
   for (int64_t row = rows.begin; row < rows.end; ++row, to += width) {
-    load_row(group.shape.dtype, q.data, group.offset(q.stride, row), d, to);
-    fill(to, d, width, T{0});
-    scale_row(d, to, scale);
+    const int64_t offset = group.offset(tensor.stride, row);
+    if constexpr (kIsPair<E>) {
+      to[width - 1].second = 0;
+      __builtin_memcpy(to, element(DType::bf16, tensor.data, offset), static_cast<size_t>(d) * sizeof(uint16_t));
+    } else {
+      load_row(group.shape.dtype, tensor.data, offset, d, to);
+      fill(to, d, width, E{0});
+      if (factor != E{1}) scale_row(d, to, factor);
+    }
   }
+}
+
+// q of some rows. Floats carry the scale, so that products with keys are scores; for pairs scores_scale() is left to do.
+template <class E>
+inline void load_queries(const HeadGroup& group, const Strided& q, Range rows, E* to) {
+  load_operand(group, q, rows, static_cast<SumOf<E>>(group.rule.scale), to);
+}
+template <class E>
+inline SumOf<E> scores_scale(const HeadGroup& group) {
+  return kIsPair<E> ? static_cast<SumOf<E>>(group.rule.scale) : SumOf<E>{1};
 }
 
 }  // namespace lwft::LWFT_ISA
