@@ -42,12 +42,13 @@ template <class T>
 struct Run {
   const Case& c;
   int64_t q_size[4], k_size[4], prefix_size[4], mask_size[4];
-  std::vector<T> q, k, v, prefix_k, prefix_v, bias, grad_out, grad_lse;
+  std::vector<T> q, k, v, prefix_k, prefix_v, bias, grad_out;
+  std::vector<SumType<T>> lse, grad_lse;
   std::vector<uint8_t> mask;
   std::vector<int64_t> lengths;
   AttentionForward f{};
   AttentionBackward b{};
-  std::vector<T> out, lse, dq, dk, dv, dbias, dprefix_k, dprefix_v;
+  std::vector<T> out, dq, dk, dv, dbias, dprefix_k, dprefix_v;
   std::vector<double> e_out, e_lse, e_dq, e_dk, e_dv, e_dbias, e_dprefix_k, e_dprefix_v;
 
   explicit Run(const Case& test)
@@ -64,7 +65,7 @@ struct Run {
     prefix_v = random_values<T>(count(prefix_size), 5);
     bias = random_values<T>(count(c.bias_size), 6);
     grad_out = random_values<T>(count(q_size), 7);
-    grad_lse = random_values<T>(c.batch * c.heads * c.queries, 8);
+    grad_lse = random_values<SumType<T>>(c.batch * c.heads * c.queries, 8);
     for (const double x : random_values<double>(count(mask_size), 9)) mask.push_back(x > -0.3);
     for (int64_t i = 0; i < c.batch; ++i) lengths.push_back(i % 2 == 0 ? c.keys * 2 / 3 : 0);
     out.resize(q.size());
@@ -196,7 +197,7 @@ struct Run {
       lse[i] = 0;
       e_lse[i] = 0;
     }
-    const auto expect = [&](const std::vector<T>& value, const std::vector<double>& expected, const char* name) {
+    const auto expect = [&](const auto& value, const std::vector<double>& expected, const char* name) {
       check(relative_error(value, expected) < kAllowedError<T>, level.isa, name, number);
     };
     expect(out, e_out, "out");
@@ -278,6 +279,7 @@ int main() {
     for (const Case& c : kCases) {
       Run<float>(c).test(level, number);
       Run<double>(c).test(level, number);
+      Run<BFloat16>(c).test(level, number);
       ++number;
     }
   });

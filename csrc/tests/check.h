@@ -6,7 +6,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "common/cpu/dispatch.h"
@@ -23,34 +25,62 @@ inline void check(bool holds, const char* isa, const char* what, int64_t a = 0, 
                static_cast<long long>(b), static_cast<long long>(c));
 }
 
+// A bfloat16 in memory: the upper half of a float, rounded towards zero where it is made of one.
+struct BFloat16 {
+  uint16_t bits = 0;
+
+  BFloat16() = default;
+  explicit BFloat16(float value) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, sizeof(wide));
+    bits = static_cast<uint16_t>(wide >> 16);
+  }
+  operator float() const {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof(value));
+    return value;
+  }
+};
+
+template <class T>
+constexpr DType kType = sizeof(T) == 8   ? DType::f64
+                        : sizeof(T) == 4 ? DType::f32
+                                         : DType::bf16;
+
+// What sums and statistics are kept in: accumulate_dtype.
+template <class T>
+using SumType = std::conditional_t<sizeof(T) == 8, double, float>;
+
 // Uniform in [-1, 1).
 template <class T>
 std::vector<T> random_values(int64_t count, uint32_t seed) {
   std::vector<T> values(static_cast<size_t>(count));
   for (T& value : values) {
     seed = seed * 1664525u + 1013904223u;
-    value = static_cast<T>(static_cast<int32_t>(seed)) / static_cast<T>(2147483648.0);
+    value = static_cast<T>(static_cast<SumType<T>>(static_cast<int32_t>(seed)) / static_cast<SumType<T>>(2147483648.0));
   }
   return values;
 }
-
-template <class T>
-constexpr DType kType = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
 // |value - expected| / |expected| in the Euclidean norm.
 template <class T>
 double relative_error(const std::vector<T>& value, const std::vector<double>& expected) {
   double distance = 0, size = 0;
   for (size_t i = 0; i < expected.size(); ++i) {
-    distance += (value[i] - expected[i]) * (value[i] - expected[i]);
+    const double difference = static_cast<double>(value[i]) - expected[i];
+    distance += difference * difference;
     size += expected[i] * expected[i];
   }
   return size > 0 ? std::sqrt(distance / size) : std::sqrt(distance);
 }
 
-// A rounding error that a sum of a few hundred terms may have.
+// A rounding error that a sum of a few hundred terms may have; of bfloat16, whose 8 bits intermediate results are
+// rounded to as well, what only tells right from wrong.
 template <class T>
-constexpr double kAllowedError = sizeof(T) == 8 ? 1e-13 : 2e-6;
+constexpr double kAllowedError = sizeof(T) == 8   ? 1e-13
+                                 : sizeof(T) == 4 ? 2e-6
+                                                  : 2e-2;
 
 inline void run_on_two_threads(int64_t tasks, TaskRange run, void* context) {
   std::atomic<int64_t> next{0};

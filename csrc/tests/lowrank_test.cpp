@@ -20,7 +20,8 @@ void test_case(const CpuKernels& level, const Case& c) {
   const auto x = random_values<T>(tokens * d_in, 1), g = random_values<T>(tokens * d_out, 2);
   const auto a = random_values<T>(adapters * r * d_in, 3), b = random_values<T>(adapters * d_out * r, 4);
   const auto bias = random_values<T>(d_out, 5);
-  std::vector<T> out = random_values<T>(tokens * d_out, 6), hidden(tokens * r);
+  std::vector<T> out = random_values<T>(tokens * d_out, 6);
+  std::vector<SumType<T>> hidden(tokens * r);
   std::vector<T> dx(x.size()), da(a.size()), db(b.size()), dbias(d_out);
   std::vector<int64_t> index(tokens);
   // Runs of a few tokens, some without an adapter; the last adapter is used by nobody.
@@ -130,6 +131,7 @@ int main() {
          }) {
       test_case<float>(level, c);
       test_case<double>(level, c);
+      test_case<BFloat16>(level, c);
     }
   });
 }
