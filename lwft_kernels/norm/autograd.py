@@ -76,9 +76,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None
     # without dropout du is dx: written once and returned twice, as the gradient of a plain sum is
     share = needs & 0b11 == 0b11 and ctx.dropout_p == 0.0 and x.dtype == sublayer_out.dtype
     asked = needs & ~0b10 if share else needs
-    results = run_backward(
-        "add_layer_norm", grad_out, x, sublayer_out, weight, mean, rstd, seed, ctx.dropout_p, asked
-    )
+    results = run_backward("add_layer_norm", grad_out, x, sublayer_out, weight, mean, rstd, seed, ctx.dropout_p, asked)
     found = gradients(results, asked)
     if share:
         found[1] = found[0]
