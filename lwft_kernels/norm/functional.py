@@ -68,7 +68,7 @@ def add_layer_norm(
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
     if not backend.use_native(_OP, x.device):
         return reference.add_layer_norm(x, sublayer_out, weight, bias, eps, dropout_p=dropout_p, seed=seed)
-    out: Tensor = autograd.add_layer_norm(
-        x.reshape(-1, d), sublayer_out.reshape(-1, d), weight, bias, seed, eps, dropout_p
-    )[0]
-    return out.view(x.shape)
+    # without nodes of autograd where x has two dimensions already
+    rows = (x, sublayer_out) if x.dim() == 2 else (x.reshape(-1, d), sublayer_out.reshape(-1, d))
+    out: Tensor = autograd.add_layer_norm(*rows, weight, bias, seed, eps, dropout_p)[0]
+    return out if x.dim() == 2 else out.view(x.shape)
