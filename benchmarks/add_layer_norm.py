@@ -50,7 +50,7 @@ def arguments(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arg
 
 def flops(case: Case, _: Arguments, backward: bool) -> float:
     """About eight operations an element forward, twice that backward; bytes are what limits it."""
-    return 8.0 * case.sizes["T"] * case.sizes["d"] * (3.0 if backward else 1.0)
+    return 8.0 * float(case.sizes["T"] * case.sizes["d"]) * (3.0 if backward else 1.0)
 
 
 def _function(p: float) -> Callable[..., Tensor]:

@@ -101,8 +101,8 @@ def flops(case: Case, a: Arguments, backward: bool) -> float:
     """4 D per query and key it sees; backward is five products where forward is two (FlashAttention counts so)."""
     s = case.sizes
     allowed = _may_attend(case, a)
-    pairs = allowed.expand(s["B"], *allowed.shape[1:]).sum().item() + s["B"] * s["S"] * s.get("prefix", 0)
-    return 4.0 * s["D"] * s["H"] * pairs * (3.5 if backward else 1.0)
+    pairs = int(allowed.expand(s["B"], *allowed.shape[1:]).sum()) + s["B"] * s["S"] * s.get("prefix", 0)
+    return 4.0 * float(s["D"] * s["H"] * pairs) * (3.5 if backward else 1.0)
 
 
 def _may_attend(case: Case, a: Arguments) -> Tensor:  # (B or 1, 1, S, L)

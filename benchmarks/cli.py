@@ -43,7 +43,7 @@ def main() -> None:
     """The ops of lwft_kernels, and a real fine-tune, against what people use today."""
 
 
-class _Words(click.ParamType):
+class _Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """Words of a list, separated by commas; the option may also be repeated."""
 
     def __init__(self, *words: str) -> None:
@@ -121,7 +121,9 @@ def run(
     chosen = tuple(running.FAMILIES) if not families or "all" in families else tuple(dict.fromkeys(families))
     absent = {"compile": NO_COMPILE} if preset != "full" and not providers else {}
     asked = providers or tuple(name for name in PROVIDERS if name not in absent)
-    planned = running.plans(chosen, preset, dtypes, modes or running.MODES, threads)
+    planned = running.plans(chosen, preset, dtypes, modes or running.MODES, threads, asked)
+    if not planned:
+        raise click.UsageError(f"none of {', '.join(chosen)} has a provider {', '.join(asked)}")
     environment = machine.environment()
     environment["peaks"] = machine.peaks(
         tuple(getattr(torch, name) for name in dict.fromkeys(plan.dtype for plan in planned))
@@ -139,6 +141,9 @@ def run(
     command = " ".join(["lwft-bench", *sys.argv[1:]])
     png_path = png_path or json_path.with_suffix(".png")
     whole = results.Report(command, seed, environment, found)
+    for path in (json_path, csv_path):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     whole.write_json(json_path)
     if csv_path is not None:
         whole.write_csv(csv_path)

@@ -26,7 +26,10 @@ Values = dict[str, Tensor]  # "out", and a gradient by the name of its argument
 
 @dataclass(frozen=True)
 class Verdict:
-    """The largest error of output and gradients beside its own limit; `complaint` is None when all are within."""
+    """The largest error of output and gradients beside its own limit; None where it is no number.
+
+    `complaint` is None when all are within their limits.
+    """
 
     error: float | None
     allowed: float | None
@@ -60,10 +63,10 @@ def _evaluate(run: Callable[[], Tensor], arguments: Arguments, backward: bool, d
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """|value - exact| / |exact| in the Euclidean norm; infinite where value is not finite."""
+    """|value - exact| / |exact| in the Euclidean norm; infinite where value is not finite or of another shape."""
     if value.shape != exact.shape:
         return math.inf
-    distance, size = (value.double() - exact).norm().item(), exact.norm().item()
+    distance, size = float((value.double() - exact).norm()), float(exact.norm())
     if not math.isfinite(distance):
         return math.inf
     return distance / size if size > 0 else distance
@@ -77,6 +80,7 @@ class _Exact:
         with lwft_kernels.use_backend("reference"):
             self.values = _evaluate(lambda: family.ours(**widened), widened, backward, dtype)
             plain = _evaluate(lambda: family.ours(**arguments), arguments, backward, dtype)
+        self.output = plain["out"]
         # on few elements PyTorch may be exact by luck, so its error counts as at least that of rounding the oracle
         self.allowed = {
             name: RATIO * max(relative_error(plain[name], exact), relative_error(exact.to(plain[name].dtype), exact))
@@ -98,20 +102,23 @@ class Checker:
             _Exact(family, self._without_dropout, backward, dtype) if self._random else self._exact
         )
 
+    @property
+    def output(self) -> Tensor:
+        """What a call of the op returns in the dtype of the arguments, by the reference."""
+        return self._exact.output
+
     def ours(self, run: Run, backward: bool) -> Verdict:
         """The same seed gives the same dropout mask as the reference, so the result is compared with dropout on."""
         values = _evaluate(run, self._arguments, backward, self._dtype)
         return _judge(values, self._exact.values, self._exact.allowed)
 
     def peer(self, name: str, run: Run, backward: bool) -> Verdict:
-        """A peer, and that it drops where it should. A compiled one is not compiled again only to be checked."""
+        """A peer: that it drops where it should, and its arithmetic."""
         if self._random:
             with torch.no_grad():
                 first, second = run(), run()
             if torch.equal(first, second):
                 return Verdict(None, None, "two calls drop the same elements, or none")
-            if name == "compile":
-                return Verdict(None, None, None)
             run = self._family.providers[name](self._case, self._without_dropout)
         values = _evaluate(run, self._without_dropout, backward, self._dtype)
         limit = PEER_LIMIT[self._dtype]
@@ -123,4 +130,6 @@ def _judge(values: Values, exact: Values, allowed: Mapping[str, float]) -> Verdi
     worst = max(errors, key=lambda name: errors[name] / allowed[name])
     what = "out" if worst == "out" else f"gradient of {worst}"
     complaint = f"{what}: error {errors[worst]:.1e}, allowed {allowed[worst]:.1e}"
-    return Verdict(errors[worst], allowed[worst], None if errors[worst] <= allowed[worst] else complaint)
+    within = errors[worst] <= allowed[worst]
+    error = errors[worst] if math.isfinite(errors[worst]) else None  # JSON has no infinity
+    return Verdict(error, allowed[worst], None if within else complaint)

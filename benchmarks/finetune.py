@@ -77,7 +77,7 @@ class Trainer:
     @torch.no_grad()
     def accuracy(self, batches: list[tuple[dict[str, Tensor], Tensor]]) -> float:
         self.model.eval()
-        right = sum((self.model(**inputs).argmax(-1) == labels).sum().item() for inputs, labels in batches)
+        right = sum(int((self.model(**inputs).argmax(-1) == labels).sum()) for inputs, labels in batches)
         self.model.train()
         return right / sum(len(labels) for _, labels in batches)
 

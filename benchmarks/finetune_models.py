@@ -55,7 +55,8 @@ class Classifier(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weights = attention_mask.unsqueeze(-1).to(states.dtype)
-        return self.head((states * weights).sum(1) / weights.sum(1))
+        scores: Tensor = self.head((states * weights).sum(1) / weights.sum(1))
+        return scores
 
 
 # ---- the baselines: what people write by hand ----
@@ -70,7 +71,8 @@ class EagerAdapter(nn.Module):
         self.up = nn.Linear(bottleneck, model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(F.relu(self.down(x)))
+        out: Tensor = x + self.up(F.relu(self.down(x)))
+        return out
 
 
 class EagerLowRank(nn.Module):
@@ -87,7 +89,7 @@ class EagerLowRank(nn.Module):
 class PrefixSelfAttention(nn.Module):
     """BERT's self-attention with learned keys and values before its own (prefix tuning, Li & Liang 2021)."""
 
-    def __init__(self, attention: nn.Module, prefix_length: int, *, ours: bool) -> None:
+    def __init__(self, attention: Any, prefix_length: int, *, ours: bool) -> None:
         super().__init__()
         self.attention = attention
         self.ours = ours
@@ -96,7 +98,7 @@ class PrefixSelfAttention(nn.Module):
         self.prefix_v = nn.Parameter(torch.randn(shape) * 0.02)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
-        inner = self.attention
+        inner: Any = self.attention
         q, k, v = (
             projection(hidden_states).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
             for projection in (inner.query, inner.key, inner.value)

@@ -88,7 +88,7 @@ def flops(case: Case, a: Arguments, backward: bool) -> float:
     s = case.sizes
     served = s["T"] if "adapter_index" not in a else s["T"] / s["B"] * int((a["adapter_index"] >= 0).sum())
     base, branch = 2.0 * s["T"] * s["d_in"] * s["d_out"], 2.0 * served * s["r"] * (s["d_in"] + s["d_out"])
-    return 2 * base + 3 * branch if backward else base + branch
+    return float(2 * base + 3 * branch if backward else base + branch)
 
 
 _NAMES = ("x", "weight", "bias", "lora_a", "lora_b")

@@ -45,7 +45,7 @@ def arguments(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arg
 def flops(case: Case, _: Arguments, backward: bool) -> float:
     """Two products; two more for the gradient of each."""
     s = case.sizes
-    return 4.0 * s["T"] * s["d"] * s["r"] * (3.0 if backward else 1.0)
+    return 4.0 * float(s["T"] * s["d"] * s["r"]) * (3.0 if backward else 1.0)
 
 
 def _two_linears(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def environment() -> dict[str, Any]:
     warning = torch.ops.lwft.cpu_isa_warning() if backend["why_not"] is None else ""
     return {
         "lwft_kernels": lwft_kernels.__version__,
-        "commit": commit() or "- (an installed package has none)",
+        "commit": commit() or "unknown, this is no git checkout",
         **{name: _version(name) or "not installed" for name in LIBRARIES},
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -37,10 +37,10 @@ class Row:
     """One row of a table.
 
     Attributes:
-        flops, bytes: the work of one call, at least.
+        flops, bytes: the work of one call, as `work.count` counts it.
         gemm_rate, copy_rate: flop/s of torch.mm in this dtype and bytes/s of a copy of so many bytes, timed in the
             same rounds as the providers.
-        backend: who answered for ours: "native" or "reference".
+        backend: who answered for ours: "native" or "reference"; "-" where nothing of ours ran.
         declined: the reasons why our fast path was not taken, empty when it was.
     """
 
@@ -75,13 +75,13 @@ class Row:
         return None if ours is None or theirs is None else theirs / ours
 
     def limit(self) -> tuple[float, str]:
-        """Seconds that the machine needs at least, and what limits it: "GEMM" or "copy" (the roofline)."""
+        """Seconds of the same work by torch.mm or by a copy, whichever is longer, and which (the roofline)."""
         seconds = {"GEMM": self.flops / self.gemm_rate, "copy": self.bytes / self.copy_rate}
         limiting = max(seconds, key=lambda name: seconds[name])
         return seconds[limiting], limiting
 
     def share_of_limit(self, provider: str = OURS) -> float | None:
-        """Least time / measured time. Above 1 where a provider beats torch.mm or torch's copy."""
+        """Limit / measured time. Above 1 where a provider beats torch.mm or torch's copy."""
         median = self.median(provider)
         return None if median is None else self.limit()[0] / median
 
@@ -125,7 +125,7 @@ def rows_of(found: list[dict[str, Any]]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Report:
-    """All of one run, as the JSON file holds it."""
+    """All of one run, as the JSON file holds it; at least one row."""
 
     command: str
     seed: int
@@ -133,7 +133,6 @@ class Report:
     rows: list[Row]
 
     def write_json(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "schema": SCHEMA,
             "command": self.command,
@@ -145,22 +144,21 @@ class Report:
 
     def write_csv(self, path: Path) -> None:
         """The records, with commit and processor in every line, so that files of many runs can be put together."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         origin = {name: self.environment.get(name) for name in ("date", "commit", "processor", "torch")}
         lines = [
-            {**record, "sizes": _words(record["sizes"]), "curve": "", "declined": "; ".join(record["declined"])}
+            {
+                **record,
+                "sizes": " ".join(f"{name}={value}" for name, value in record["sizes"].items()),
+                "declined": "; ".join(record["declined"]),
+                **origin,
+            }
             for record in records(self.rows)
         ]
-        for line in lines:
-            del line["curve"]  # the sizes tell it
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*(lines[0] if lines else ()), *origin], restval="")
+            columns = [name for name in lines[0] if name != "curve"]  # the sizes tell it
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows({**line, **origin} for line in lines)
-
-
-def _words(sizes: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in sizes.items())
+            writer.writerows(lines)
 
 
 def read(path: Path) -> Report:
@@ -172,8 +170,8 @@ def read(path: Path) -> Report:
     try:
         content = json.loads(path.read_text())
         schema = content["schema"]
+        if schema == SCHEMA:
+            return Report(content["command"], content["seed"], content["environment"], rows_of(content["measurements"]))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise ValueError(f"{path} is not a JSON file of `lwft-bench run`") from None
-    if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: run it again")
-    return Report(content["command"], content["seed"], content["environment"], rows_of(content["measurements"]))
+    raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: run it again")

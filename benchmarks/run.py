@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import lwft_kernels
 from . import adapter, add_layer_norm, attention, lora, low_rank, work
 from .case import Arguments, Case, Family, NotOffered, Run, in_preset, leaves, normal
 from .correctness import Checker
-from .memory import peak_memory
+from .memory import peak_memory, settle_allocator
 from .results import FAILED, NOT_OFFERED, OURS, TIMED, WRONG, Result, Row
 from .timing import interleaved
 
@@ -46,11 +46,13 @@ def plans(
     dtypes: tuple[str, ...],
     modes: tuple[str, ...],
     threads: tuple[int, ...],
+    providers: tuple[str, ...],
 ) -> list[Plan]:
     """The rows that a command line asks for; no `dtypes` means those of each case."""
     return [
         Plan(FAMILIES[name], case, dtype, mode, count)
         for name in families
+        if any(provider in FAMILIES[name].providers for provider in providers)
         for case in FAMILIES[name].cases
         if in_preset(case, preset)
         for dtype in (dtypes or case.dtypes)
@@ -62,6 +64,7 @@ def plans(
 
 def rows(planned: list[Plan], providers: tuple[str, ...], seed: int, min_time: float) -> Iterator[Row]:
     """Run the plans in their order. Arguments and oracle are made once per case and dtype."""
+    settle_allocator()
     for (family, case, name), group in itertools.groupby(planned, lambda p: (p.family, p.case, p.dtype)):
         members = list(group)
         dtype = getattr(torch, name)
@@ -75,7 +78,6 @@ def rows(planned: list[Plan], providers: tuple[str, ...], seed: int, min_time: f
 def _row(plan: Plan, arguments: Arguments, checker: Checker, providers: tuple[str, ...], min_time: float) -> Row:
     """Every provider checked, then all that are right timed in turn, together with the machine's limits."""
     family, case, backward = plan.family, plan.case, plan.mode == "fwdbwd"
-    dtype = getattr(torch, plan.dtype)
     lwft_kernels.reset_stats()
     results: dict[str, Result] = {}
     calls: dict[str, Callable[[], object]] = {}
@@ -85,16 +87,13 @@ def _row(plan: Plan, arguments: Arguments, checker: Checker, providers: tuple[st
             if call is not None:
                 calls[name] = call
 
-    with torch.no_grad():
-        output = family.providers["eager"](case, arguments)()
-    needed = work.count(family, case, arguments, output, backward)
-    del output
-    calls["GEMM"], flops = work.matrix_product(dtype)
+    needed = work.count(family, case, arguments, checker.output, backward)
+    calls["GEMM"], flops = work.matrix_product(getattr(torch, plan.dtype))
     calls["copy"], traffic = work.copy(needed.bytes)
     timings = interleaved(calls, min_time)
     for name in results:
         if name in timings:
-            results[name] = Result(**{**asdict(results[name]), **asdict(timings[name])})
+            results[name] = replace(results[name], **asdict(timings[name]))
 
     backend, declined = _who_answered()
     return Row(
@@ -129,11 +128,11 @@ def _checked(
             raise NotOffered("the backend 'reference' is chosen: there is nothing of ours to time")
         run = bind(case, arguments)
         verdict = checker.ours(run, backward) if name == OURS else checker.peer(name, run, backward)
-        found = {"error": verdict.error, "allowed_error": verdict.allowed}
+        found = Result(TIMED, error=verdict.error, allowed_error=verdict.allowed)
         if verdict.complaint is not None:
-            return Result(WRONG, verdict.complaint, **found), None
+            return replace(found, status=WRONG, note=verdict.complaint), None
         call = _call(run, arguments, backward)
-        return Result(TIMED, peak_memory=peak_memory(call), **found), call
+        return replace(found, peak_memory=peak_memory(call)), call
     except NotOffered as reason:
         return Result(NOT_OFFERED, str(reason)), None
     except Exception as error:
@@ -168,4 +167,4 @@ def _who_answered() -> tuple[str, tuple[str, ...]]:
     counts: list[dict[str, Any]] = list(lwft_kernels.stats().values())
     declined = tuple(dict.fromkeys(reason for count in counts for reason in count["declined"]))
     native = any(count["fast"] for count in counts)
-    return ("native" if native and not declined else "reference" if declined else "-"), declined
+    return "reference" if declined else "native" if native else "-", declined

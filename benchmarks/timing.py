@@ -1,11 +1,14 @@
 """Times several callables fairly: in turn, many rounds, medians.
 
-Machines are noisy and drift; a ratio of medians of interleaved rounds survives that, two separate runs do not.
+Machines are noisy and drift; a ratio of medians of interleaved rounds survives that, two separate runs do not. The
+order changes from round to round: what ran before leaves the caches full of its own data, and in a fixed order whoever
+came after the copy was up to a fifth slower for it.
 """
 
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -33,13 +36,14 @@ def _sample(function: Callable[[], object], calls: int) -> float:
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], min_time: float) -> dict[str, Timing]:
-    """Time every function for about `min_time` seconds in all, one sample each per round (A B C, A B C, ...)."""
+    """Time every function for about `min_time` seconds in all, one sample each per round (A B C, C A B, ...)."""
     calls = {}
     for name, function in functions.items():
         function()
         once = min(_sample(function, 1), _sample(function, 1))
         calls[name] = max(1, round(SAMPLE_SECONDS / max(once, 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
+    order, shuffler = list(functions), random.Random(0)
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -48,8 +52,9 @@ def interleaved(functions: Mapping[str, Callable[[], object]], min_time: float) 
         for done in range(MOST_ROUNDS):
             if done >= LEAST_ROUNDS and time.perf_counter() > deadline:
                 break
-            for name, function in functions.items():
-                samples[name].append(_sample(function, calls[name]))
+            shuffler.shuffle(order)
+            for name in order:
+                samples[name].append(_sample(functions[name], calls[name]))
     finally:
         if enabled:
             gc.enable()

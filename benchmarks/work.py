@@ -26,7 +26,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def count(family: Family, case: Case, arguments: Arguments, output: Tensor, backward: bool) -> Work:
-    """The work of one call.
+    """The work of one call that returns `output`.
 
     Forward reads the arguments and writes the output. Backward reads the output's gradient and the arguments again and
     writes their gradients; what it keeps of forward (a bottleneck, statistics) is small beside that and not counted.
