@@ -29,7 +29,11 @@ def _has_tangent(args: Sequence[Any]) -> bool:
 
 def wanted(needs_input_grad: Sequence[bool], positions: Sequence[int]) -> int:
     """The `needs` bits of a backward op: bit i is set when the input at positions[i] wants a gradient."""
-    return sum(1 << bit for bit, position in enumerate(positions) if needs_input_grad[position])
+    needs = 0
+    for bit, position in enumerate(positions):
+        if needs_input_grad[position]:
+            needs |= 1 << bit
+    return needs
 
 
 def gradients(results: Sequence[Tensor], needs: int) -> list[Tensor | None]:
@@ -76,7 +80,8 @@ def register(
             backward.
 
     Returns:
-        A function of the forward op's arguments, all positional, that returns all its results.
+        A function of the forward op's arguments, all positional, that returns the differentiable results: the tensor
+        where there is one, else a tuple.
     """
     if backend.library_error is not None:
 
@@ -89,14 +94,19 @@ def register(
     torch.library.register_fake(f"lwft::{op}_forward", forward_fake)
     torch.library.register_fake(f"lwft::{op}_backward", backward_fake)
 
+    def results(output: tuple[Tensor, ...]) -> Any:
+        return output[0] if differentiable_outputs == 1 else output[:differentiable_outputs]
+
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
-        if isinstance(output, tuple):
-            ctx.mark_non_differentiable(*output[differentiable_outputs:])
         # a loss that uses one result only must not make backward read zeros for the other
         ctx.set_materialize_grads(False)
         setup_context(ctx, inputs, output)
 
-    torch.library.register_autograd(f"lwft::{op}_forward", backward, setup_context=setup)
+    def setup_traced(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output[differentiable_outputs:])
+        setup(ctx, inputs, output)
+
+    torch.library.register_autograd(f"lwft::{op}_forward", backward, setup_context=setup_traced)
     torch.library.register_autograd(f"lwft::{op}_backward", _no_double_backward(op))
 
     def below_autograd(*args: Any) -> Any:
@@ -109,19 +119,17 @@ def register(
         def forward(ctx: Any, *args: Any) -> Any:
             output = below_autograd(*args)
             setup(ctx, args, output)
-            return output
+            # not the statistics: each result more costs autograd a microsecond here and one in backward
+            return results(output)
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, *grads)
-
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
     Eager.__name__ = Eager.__qualname__ = op
     # Function.apply in C: the Python one above it unwraps functorch's tensors, which `call` has refused already
     apply = super(torch.autograd.Function, Eager).apply
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
-            return forward_op(*args)
+            return results(forward_op(*args))
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
                 f"lwft_kernels.{op} does not work under torch.func transforms (grad, vmap, ...): use torch.autograd, "
@@ -133,6 +141,6 @@ def register(
                 f"lwft_kernels.{op} has no forward-mode derivative: use backward, or "
                 "lwft_kernels.use_backend('reference')"
             )
-        return apply(*args) if torch.is_grad_enabled() else below_autograd(*args)
+        return apply(*args) if torch.is_grad_enabled() else results(below_autograd(*args))
 
     return call

@@ -139,5 +139,5 @@ def adapter(
     out: Tensor = autograd.adapter(
         flat, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, added, seed,
         ACTIVATIONS.index(activation), eps, scale, dropout_p, residual_is_x,
-    )[0]  # fmt: skip
+    )  # fmt: skip
     return out if flat is x else out.view(x.shape)

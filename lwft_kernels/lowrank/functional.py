@@ -49,7 +49,7 @@ def low_rank_linear(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Ten
 
     rows = _rows(x)
     if backend.use_native(op, x.device):
-        out = autograd.low_rank_linear(rows, down_weight, up_weight, bias)[0]
+        out = autograd.low_rank_linear(rows, down_weight, up_weight, bias)
     else:
         out = reference.low_rank_linear(rows, down_weight, up_weight, bias)
     return _with_leading_shape(out, x)
@@ -124,7 +124,7 @@ def lora_linear(
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
     rows = _rows(x)
     if backend.use_native(op, x.device):
-        out = autograd.lora_linear(rows, weight, bias, lora_a, lora_b, index, seed, scale, dropout_p)[0]
+        out = autograd.lora_linear(rows, weight, bias, lora_a, lora_b, index, seed, scale, dropout_p)
     else:
         out = reference.lora_linear(
             rows, weight, bias, lora_a, lora_b, index, scale=scale, dropout_p=dropout_p, seed=seed
@@ -195,7 +195,7 @@ def lora_delta_(
     # torch.compile differentiates no op that writes into an argument; autograd.lora_delta refuses torch.func.
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if traced or not _is_rows(base_out):
-        out = autograd.lora_delta(base_out.reshape(-1, d_out), *rest)[0]
+        out = autograd.lora_delta(base_out.reshape(-1, d_out), *rest)
         return base_out.copy_(out.view(base_out.shape))
     whole = base_out._base if torch.is_grad_enabled() and base_out.is_contiguous() else None
     if (

@@ -70,5 +70,5 @@ def add_layer_norm(
         return reference.add_layer_norm(x, sublayer_out, weight, bias, eps, dropout_p=dropout_p, seed=seed)
     # without nodes of autograd where x has two dimensions already
     rows = (x, sublayer_out) if x.dim() == 2 else (x.reshape(-1, d), sublayer_out.reshape(-1, d))
-    out: Tensor = autograd.add_layer_norm(*rows, weight, bias, seed, eps, dropout_p)[0]
+    out: Tensor = autograd.add_layer_norm(*rows, weight, bias, seed, eps, dropout_p)
     return out if x.dim() == 2 else out.view(x.shape)
