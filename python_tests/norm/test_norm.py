@@ -52,6 +52,21 @@ def test_accuracy(tokens, d, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens,d", [(2900, 768), (2900, 771)])
+def test_results_larger_than_the_cache(tokens, d, dtype):
+    """Past 4 MiB they are written by other stores, where a row is made of whole vectors."""
+    check_op(ours, reference_with_seed, make(tokens, d), dtype)
+
+
+@pytest.mark.parametrize("narrow", ["x", "sublayer_out"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_accuracy_of_mixed_dtypes(narrow, p):
+    arguments = make(21, 77, dropout_p=p)
+    arguments[narrow] = arguments[narrow].detach().bfloat16().requires_grad_()
+    check_op(ours, reference_with_seed, arguments, torch.float32, keep=frozenset({narrow}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weight,bias", [(True, False), (False, True), (False, False)])
 def test_without_parameters(weight, bias, dtype):
     check_op(ours, reference_with_seed, make(7, 40, weight=weight, bias=bias), dtype)

@@ -100,6 +100,28 @@ inline void store(T* to, Vec<T> v) {
   __builtin_memcpy(to, &v, sizeof(v));
 }
 
+// A store that leaves the caches as they are, `to` aligned to the vector. An ordinary one first reads the line from
+// memory, which for a result larger than the caches is as much traffic as writing it. Other threads see such stores after
+// a finish_streaming of the thread that made them.
+template <class V>
+inline void stream(void* to, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
+#endif
+  __builtin_memcpy(to, &v, sizeof(v));
+}
+inline void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // The first n lanes (0 <= n <= kLanes); the others are zero, and their memory is not touched.
 template <class T>
 inline Vec<T> load_first(const T* from, int64_t n) {
