@@ -24,7 +24,7 @@ constexpr int64_t kChunkTokens = 2048;
 // Tokens at a time in the second pass: one block of the sum over tokens.
 constexpr int64_t kTokenBlock = 256;
 
-template <class E>
+template <class E, class X>
 class Backward {
   using T = SumOf<E>;
 
@@ -43,7 +43,8 @@ class Backward {
         norm_weight_(normed_ ? parameter_row(p.param_dtype, p.norm_weight, d_, T{1}, scratch_) : nullptr),
         norm_bias_(normed_ ? parameter_row(p.param_dtype, p.norm_bias, d_, T{0}, scratch_) : nullptr),
         up_(p.param_dtype, p.up_weight, m_, 1, few_ || !dz_wanted_ ? 0 : d_, m_, scratch_),
-        down_(p.param_dtype, p.down_weight, d_, 1, few_ || p.dx == nullptr ? 0 : m_, d_, scratch_) {}
+        down_(p.param_dtype, p.down_weight, d_, 1, few_ || p.dx == nullptr ? 0 : m_, d_, scratch_),
+        streams_(p.dx != nullptr && may_stream<T>(static_cast<const X*>(p.dx), p.tokens, d_)) {}
 
   void run() {
     const int64_t chunks = ceil_div(p_.tokens, kChunkTokens);
@@ -111,7 +112,11 @@ class Backward {
     } else {
       input_gradient(begin, rows, operand);
     }
+    if (streams_) finish_streaming();
   }
+
+  const X* input(int64_t token) const { return static_cast<const X*>(p_.x) + token * p_.x_row_stride; }
+  const X* grad_out(int64_t token) const { return static_cast<const X*>(p_.grad_out) + token * p_.grad_out_row_stride; }
 
   // dZ as a left-hand side.
   Tile<E> operand_rows(const T* dz, int64_t rows, Scratch& scratch) const {
@@ -174,25 +179,28 @@ class Backward {
   }
 
   void gradient_row(int64_t token, int64_t j, int64_t n, T* row) const {
-    load_row(p_.dtype, p_.grad_out, token * p_.grad_out_row_stride + j, n, row);
+    const X* from = grad_out(token) + j;
+    for_columns<T>(n, [&](auto at, int) LWFT_INLINE { store_at<T>(row, at, load_at<T>(from, at)); });
     if (p_.dropout.active()) dropout_row(p_.dropout, token, j, n, row);
   }
 
   // H = act(Z) and dZ = scale (G Wu) * act'(Z); dz holds the product.
   void activation_rows(int64_t begin, int64_t rows, T* h, T* dz) const {
     Scratch scratch;
-    T* converted = scratch.take<T>(m_);
+    T* converted = scratch.take<T>(rows * m_);
+    const Tile<T> hidden = view_tile(p_.param_dtype, p_.hidden, (chunk_ + begin) * m_, m_, rows, m_, converted);
     const Vec<T> scale = broadcast(static_cast<T>(p_.scale));
     visit_activation(p_.activation, [&](auto activation) {
       for (int64_t i = 0; i < rows; ++i) {
-        const T* z = view_row(p_.param_dtype, p_.hidden, (chunk_ + begin + i) * m_, m_, converted);
-        for (int64_t k = 0; k < m_; k += kLanes<T>) {
-          const int64_t at = i * row_stride_ + k;
+        const T* z = hidden.row(i);
+        T* h_row = h + i * row_stride_;
+        T* dz_row = dz + i * row_stride_;
+        for_columns<T>(m_, [&](auto at, int) LWFT_INLINE {
           Vec<T> value, slope;
-          activate<activation()>(load_columns(z, k, m_), value, slope);
-          if (up_wanted_) store(h + at, value);
-          if (dz_wanted_) store(dz + at, load(dz + at) * slope * scale);
-        }
+          activate<activation()>(load_at<T>(z, at), value, slope);
+          if (up_wanted_) store_at<T>(h_row, at, value);
+          if (dz_wanted_) store_at<T>(dz_row, at, load_at<T>(dz_row, at) * slope * scale);
+        });
       }
     });
   }
@@ -202,13 +210,13 @@ class Backward {
     const auto blocks = [&](int64_t from, int64_t to) {
       Scratch scratch;
       T* block = scratch.take<T>(rows * kBlockColumns);
-      T* converted = scratch.take<T>(kBlockColumns);
       for (int64_t j = from; j < to; j += kBlockColumns) {
         const int64_t columns = minimum(kBlockColumns, to - j);
         times_down_weight(dz, rows, j, columns, block, kBlockColumns);
         for (int64_t i = 0; i < rows; ++i) {
-          const int64_t token = chunk_ + begin + i;
-          store_input_gradient(token, j, columns, block + i * kBlockColumns, converted);
+          const T* row = block + i * kBlockColumns;
+          store_input_gradient(chunk_ + begin + i, j, columns,
+                               [&](auto at) LWFT_INLINE { return load_at<T>(row, at); });
         }
       }
     };
@@ -224,7 +232,6 @@ class Backward {
     Scratch scratch;
     const int64_t stride = buffer_stride<T>(d_);
     T* dn = scratch.take<T>(rows * stride);
-    T* n = scratch.take<T>(padded<T>(d_));
     if (few_) {
       for_column_slices(
           d_, m_, [&](int64_t from, int64_t to) { times_down_weight(dz, rows, from, to - from, dn + from, stride); });
@@ -234,20 +241,21 @@ class Backward {
     const T width = static_cast<T>(d_);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t token = chunk_ + begin + i;
-      T* row = dn + i * stride;
-      normalised_row(token, 0, d_, n);
-      for (int64_t j = 0; j < d_; j += kLanes<T>) {
-        store_columns(row, j, d_, load_columns(row, j, d_) * load(norm_weight_ + j));
-      }
-      const T mean_g = sum_columns<T>(d_, [&](int64_t j) { return load_columns(row, j, d_); }) / width;
-      const T mean_gn =
-          sum_columns<T>(d_, [&](int64_t j) { return load_columns(row, j, d_) * load_columns(n, j, d_); }) / width;
-      const T rstd = static_cast<const T*>(p_.rstd)[token];
-      for (int64_t j = 0; j < d_; j += kLanes<T>) {
-        const Vec<T> g = load_columns(row, j, d_), normalised = load_columns(n, j, d_);
-        store_columns(row, j, d_, (g - mean_g - normalised * mean_gn) * rstd);
-      }
-      store_input_gradient(token, 0, d_, row, n);
+      T* g = dn + i * stride;
+      RowSum<T> sum_g, sum_gn;
+      for_normalised(token, 0, d_, [&](auto at, int k, Vec<T> n) LWFT_INLINE {
+        const Vec<T> value = load_at<T>(g, at) * load_at<T>(norm_weight_, at);  // zero past the end
+        store_at<T>(g, at, value);
+        sum_g.part[k] += value;
+        sum_gn.part[k] = fma(value, n, sum_gn.part[k]);
+      });
+      const T mean_g = sum_g.total() / width, mean_gn = sum_gn.total() / width;
+      const T mean = static_cast<const T*>(p_.mean)[token], rstd = static_cast<const T*>(p_.rstd)[token];
+      const X* x = input(token);
+      store_input_gradient(token, 0, d_, [&](auto at) LWFT_INLINE {
+        const Vec<T> n = (load_at<T>(x, at) - mean) * rstd;
+        return (load_at<T>(g, at) - mean_g - n * mean_gn) * rstd;
+      });
     }
   }
 
@@ -263,28 +271,28 @@ class Backward {
     gemm(rows, columns, units<E>(m_), dz.data, dz.row_stride, 1, down_.panels(j), result, stride, Mode::overwrite);
   }
 
-  // n = (x - mean) rstd, columns j0 .. j0 + count.
-  void normalised_row(int64_t token, int64_t j0, int64_t count, T* n) const {
-    const T* x = view_row(p_.dtype, p_.x, token * p_.x_row_stride + j0, count, n);
+  // body(at, k, n) with n = (x - mean) rstd, for the columns j0 .. j0 + count.
+  template <class Body>
+  LWFT_INLINE inline void for_normalised(int64_t token, int64_t j0, int64_t count, const Body& body) const {
+    const X* x = input(token) + j0;
     const T mean = static_cast<const T*>(p_.mean)[token], rstd = static_cast<const T*>(p_.rstd)[token];
-    for (int64_t j = 0; j < count; j += kLanes<T>) {
-      store_columns(n, j, count, (load_columns(x, j, count) - mean) * rstd);
-    }
+    for_columns<T>(count, [&](auto at, int k) LWFT_INLINE { body(at, k, (load_at<T>(x, at) - mean) * rstd); });
   }
 
-  // dx = row, plus grad_out where the residual is x; `converted` and row are scratch of `count` elements.
-  void store_input_gradient(int64_t token, int64_t j0, int64_t count, T* row, T* converted) const {
-    const int64_t at = token * d_ + j0;
-    T* dx = p_.dtype == dtype_of<T>() ? static_cast<T*>(p_.dx) + at : row;
-    if (p_.residual_is_x) {
-      const T* grad_out = view_row(p_.dtype, p_.grad_out, token * p_.grad_out_row_stride + j0, count, converted);
-      for (int64_t j = 0; j < count; j += kLanes<T>) {
-        store_columns(dx, j, count, load_columns(row, j, count) + load_columns(grad_out, j, count));
+  // dx = branch(at), plus grad_out where the residual is x; columns j0 .. j0 + count.
+  template <class Branch>
+  LWFT_INLINE inline void store_input_gradient(int64_t token, int64_t j0, int64_t count, const Branch& branch) const {
+    X* dx = static_cast<X*>(p_.dx) + token * d_ + j0;
+    const X* direct = grad_out(token) + j0;
+    for_columns<T>(count, [&](auto at, int) LWFT_INLINE {
+      Vec<T> value = branch(at);
+      if (p_.residual_is_x) value += load_at<T>(direct, at);
+      if (streams_) {
+        stream_at<T>(dx, at, value);
+      } else {
+        store_at<T>(dx, at, value);
       }
-    } else if (dx != row) {
-      for (int64_t j = 0; j < count; j += kLanes<T>) store_columns(dx, j, count, load_columns(row, j, count));
-    }
-    if (dx == row) store_row(p_.dtype, row, count, p_.dx, at);
+    });
   }
 
   // ---- second pass: slices of model_dim ----
@@ -374,7 +382,11 @@ class Backward {
     for (int64_t t = 0; t < chunk_size_ || (first_ && t == 0); t += kTokenBlock) {
       const int64_t tokens = minimum(kTokenBlock, chunk_size_ - t), depth = units<E>(tokens), token = chunk_ + t;
       if (normed_) {
-        for (int64_t i = 0; i < tokens; ++i) normalised_row(token + i, j, columns, normalised + i * kBlockColumns);
+        for (int64_t i = 0; i < tokens; ++i) {
+          T* row = normalised + i * kBlockColumns;
+          for_normalised(token + i, j, columns,
+                         [&](auto at, int, Vec<T> value) LWFT_INLINE { store_at<T>(row, at, value); });
+        }
         pack_operand(dtype_of<T>(), normalised, kBlockColumns, 1, tokens, columns, n);
       } else {
         pack_operand(p_.dtype, element(p_.dtype, p_.x, token * p_.x_row_stride + j), p_.x_row_stride, 1, tokens,
@@ -445,6 +457,7 @@ class Backward {
   const T* norm_weight_;
   const T* norm_bias_;
   const PackedWeight<E> up_, down_;
+  const bool streams_;
 
   // one chunk
   int64_t chunk_ = 0, chunk_size_ = 0;  // its first token, its tokens

@@ -6,7 +6,7 @@
 namespace lwft::LWFT_ISA {
 namespace {
 
-template <class E>
+template <class E, class X>
 class Forward {
   using T = SumOf<E>;
 
@@ -18,7 +18,8 @@ class Forward {
         norm_weight_(p.norm_weight ? parameter_row(p.param_dtype, p.norm_weight, d_, T{1}, scratch_) : nullptr),
         norm_bias_(p.norm_weight ? parameter_row(p.param_dtype, p.norm_bias, d_, T{0}, scratch_) : nullptr),
         down_bias_(parameter_row(p.param_dtype, p.down_bias, m_, T{0}, scratch_)),
-        up_bias_(parameter_row(p.param_dtype, p.up_bias, d_, T{0}, scratch_)) {}
+        up_bias_(parameter_row(p.param_dtype, p.up_bias, d_, T{0}, scratch_)),
+        streams_(may_stream<T>(static_cast<const X*>(p.out), p.tokens, d_)) {}
 
   void run() {
     if constexpr (!kIsPair<E>) {
@@ -47,16 +48,14 @@ class Forward {
         h = z;
       }
       gemm(rows, m_, units<E>(d_), input.data, input.row_stride, 1, down.panels(), z, z_stride, Mode::overwrite);
-      for (int64_t i = 0; i < rows; ++i) {
-        bottleneck_row(begin + i, z + i * z_stride);
-        store_operand(z + i * z_stride, m_, h + i * h_stride);
-      }
+      bottleneck_rows(begin, rows, z, z_stride, h, h_stride);
       T* y = scratch.take<T>(rows * kBlockColumns);
       for (int64_t j = 0; j < d_; j += kBlockColumns) {
         const int64_t columns = minimum(kBlockColumns, d_ - j);
         gemm(rows, columns, units<E>(m_), h, h_stride, 1, up.panels(j), y, kBlockColumns, Mode::overwrite);
-        for (int64_t i = 0; i < rows; ++i) branch_row(begin + i, j, columns, y + i * kBlockColumns);
+        branch_rows(begin, rows, j, columns, y);
       }
+      if (streams_) finish_streaming();
     });
   }
 
@@ -69,14 +68,14 @@ class Forward {
       dot_rows(tokens, end - begin, d_, input.data, input.row_stride, p_.param_dtype,
                element(p_.param_dtype, p_.down_weight, begin * d_), d_, z + begin, stride, Mode::overwrite);
     });
-    for (int64_t i = 0; i < tokens; ++i) bottleneck_row(i, z + i * stride);
+    bottleneck_rows(0, tokens, z, stride, z, stride);
     for_column_slices(d_, m_, [&](int64_t begin, int64_t end) {
       T y[kFewTokens * kBlockColumns];
       for (int64_t j = begin; j < end; j += kBlockColumns) {
         const int64_t columns = minimum(kBlockColumns, end - j);
         dot_rows(tokens, columns, m_, z, stride, p_.param_dtype, element(p_.param_dtype, p_.up_weight, j * m_), m_, y,
                  kBlockColumns, Mode::overwrite);
-        for (int64_t i = 0; i < tokens; ++i) branch_row(i, j, columns, y + i * kBlockColumns);
+        branch_rows(0, tokens, j, columns, y);
       }
     });
   }
@@ -89,57 +88,89 @@ class Forward {
     }
     const int64_t stride = buffer_stride<E>(units<E>(d_));
     E* buffer = scratch.take<E>(rows * stride);
-    T* row = scratch.take<T>(padded<T>(d_));
+    T* row = scratch.take<T>(d_);
     for (int64_t i = 0; i < rows; ++i) {
-      if constexpr (!kIsPair<E>) row = buffer + i * stride;
-      const T* x = view_row(p_.dtype, p_.x, (begin + i) * p_.x_row_stride, d_, row);
-      if (norm_weight_ != nullptr) norm_row(begin + i, x, row);
-      store_operand(norm_weight_ != nullptr ? row : x, d_, buffer + i * stride);
+      const X* x = static_cast<const X*>(p_.x) + (begin + i) * p_.x_row_stride;
+      Element<E>* to = elements(buffer + i * stride, d_);
+      if (norm_weight_ != nullptr) {
+        norm_row(begin + i, x, row, to);
+      } else {
+        for_columns<T>(d_, [&](auto at, int) LWFT_INLINE { store_at<T>(to, at, load_at<T>(x, at)); });
+      }
     }
     return {buffer, stride};
   }
 
-  void norm_row(int64_t token, const T* x, T* row) const {
-    T mean, rstd;
-    row_statistics(x, d_, p_.eps, mean, rstd);
+  // to = (x - mean) rstd w + b; row is scratch.
+  void norm_row(int64_t token, const X* x, T* row, Element<E>* to) const {
+    RowSum<T> total;
+    for_columns<T>(d_, [&](auto at, int k) LWFT_INLINE {
+      const Vec<T> value = load_at<T>(x, at);
+      store_at<T>(row, at, value);
+      total.part[k] += value;
+    });
+    const T mean = total.total() / static_cast<T>(d_), rstd = inverse_deviation(row, d_, mean, p_.eps);
     static_cast<T*>(p_.mean)[token] = mean;
     static_cast<T*>(p_.rstd)[token] = rstd;
-    for (int64_t j = 0; j < d_; j += kLanes<T>) {
-      const Vec<T> normalised = (load_columns(x, j, d_) - mean) * rstd;
-      store(row + j, fma(normalised, load(norm_weight_ + j), load(norm_bias_ + j)));
-    }
+    for_columns<T>(d_, [&](auto at, int) LWFT_INLINE {
+      const Vec<T> normalised = (load_at<T>(row, at) - mean) * rstd;
+      store_at<T>(to, at, fma(normalised, load_at<T>(norm_weight_, at), load_at<T>(norm_bias_, at)));
+    });
   }
 
-  // z += bd, kept for backward; then z = act(z).
-  void bottleneck_row(int64_t token, T* z) const {
-    for (int64_t j = 0; j < m_; j += kLanes<T>) store_columns(z, j, m_, load_columns(z, j, m_) + load(down_bias_ + j));
-    store_row(p_.param_dtype, z, m_, p_.hidden, token * m_);
+  // z += bd, kept for backward; h = act(z).
+  void bottleneck_rows(int64_t begin, int64_t rows, T* z, int64_t z_stride, E* h, int64_t h_stride) const {
+    visit_storage(p_.param_dtype, [&](auto storage) {
+      auto* hidden = static_cast<decltype(storage)*>(p_.hidden) + begin * m_;
+      for (int64_t i = 0; i < rows; ++i) {
+        T* row = z + i * z_stride;
+        for_columns<T>(m_, [&](auto at, int) LWFT_INLINE {
+          const Vec<T> value = load_at<T>(row, at) + load_at<T>(down_bias_, at);
+          store_at<T>(row, at, value);
+          store_at<T>(hidden + i * m_, at, value);
+        });
+      }
+    });
     visit_activation(p_.activation, [&](auto activation) {
-      for (int64_t j = 0; j < m_; j += kLanes<T>) {
-        Vec<T> value, slope;
-        activate<activation()>(load_columns(z, j, m_), value, slope);
-        store_columns(z, j, m_, value);
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* row = z + i * z_stride;
+        Element<E>* to = elements(h + i * h_stride, m_);
+        for_columns<T>(m_, [&](auto at, int) LWFT_INLINE {
+          Vec<T> value, slope;
+          activate<activation()>(load_at<T>(row, at), value, slope);
+          store_at<T>(to, at, value);
+        });
       }
     });
   }
 
-  // n columns from j0 on of one token: y = dropout(scale * (y + bu)), out = residual + y. n <= kBlockColumns.
-  void branch_row(int64_t token, int64_t j0, int64_t n, T* y) const {
+  // n columns from j0 on of some tokens: out = residual + dropout(scale * (y + bu)). n <= kBlockColumns, y's row stride.
+  void branch_rows(int64_t begin, int64_t rows, int64_t j0, int64_t n, T* y) const {
     const Vec<T> scale = broadcast(static_cast<T>(p_.scale));
-    for (int64_t j = 0; j < n; j += kLanes<T>) store(y + j, (load(y + j) + load(up_bias_ + j0 + j)) * scale);
-    if (p_.dropout.active()) dropout_row(p_.dropout, token, j0, n, y);
-    const int64_t at = token * d_ + j0;
-    T* out = p_.dtype == dtype_of<T>() ? static_cast<T*>(p_.out) + at : y;
-    if (p_.residual != nullptr) {
-      T converted[kBlockColumns];
-      const T* residual = view_row(p_.dtype, p_.residual, token * p_.residual_row_stride + j0, n, converted);
-      for (int64_t j = 0; j < n; j += kLanes<T>) {
-        store_columns(out, j, n, load_columns(residual, j, n) + load(y + j));
+    const T* bias = up_bias_ + j0;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t token = begin + i;
+      T* row = y + i * kBlockColumns;
+      X* out = static_cast<X*>(p_.out) + token * d_ + j0;
+      const X* residual = nullptr;
+      if (p_.residual != nullptr) residual = static_cast<const X*>(p_.residual) + token * p_.residual_row_stride + j0;
+      if (p_.dropout.active()) {
+        for_columns<T>(n, [&](auto at, int) LWFT_INLINE {
+          store_at<T>(row, at, (load_at<T>(row, at) + load_at<T>(bias, at)) * scale);
+        });
+        dropout_row(p_.dropout, token, j0, n, row);
       }
-    } else if (out != y) {
-      for (int64_t j = 0; j < n; j += kLanes<T>) store_columns(out, j, n, load(y + j));
+      for_columns<T>(n, [&](auto at, int) LWFT_INLINE {
+        Vec<T> value = load_at<T>(row, at);
+        if (!p_.dropout.active()) value = (value + load_at<T>(bias, at)) * scale;
+        if (residual != nullptr) value += load_at<T>(residual, at);
+        if (streams_) {
+          stream_at<T>(out, at, value);
+        } else {
+          store_at<T>(out, at, value);
+        }
+      });
     }
-    if (out == y) store_row(p_.dtype, y, n, p_.out, at);
   }
 
   const AdapterForward& p_;
@@ -149,6 +180,7 @@ class Forward {
   const T* norm_bias_;
   const T* down_bias_;
   const T* up_bias_;
+  const bool streams_;
 };
 
 void forward(const AdapterForward& p) { run_by_dtype<Forward>(p); }

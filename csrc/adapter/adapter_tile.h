@@ -6,6 +6,7 @@
 #include "common/cpu/convert.h"
 #include "common/cpu/dropout_vec.h"
 #include "common/cpu/operand.h"
+#include "common/cpu/row.h"
 #include "common/cpu/threads.h"
 
 namespace lwft::LWFT_ISA {
@@ -49,21 +50,6 @@ TokenTiles token_tiles(int64_t tokens, int64_t model_dim) {
   const int64_t tiles = round_up(maximum(wanted, ceil_div(tokens, most)), 2);
   const int64_t rows = maximum<int64_t>(1, ceil_div(tokens, maximum<int64_t>(1, tiles)));
   return {tokens, rows, ceil_div(tokens, rows)};
-}
-
-// ---- parameters ----
-
-// A row of n elements as T, padded with zeros to whole vectors; all `absent` where there is none.
-template <class T>
-const T* parameter_row(DType dtype, const void* data, int64_t n, T absent, Scratch& scratch) {
-  T* row = scratch.take<T>(padded<T>(n));
-  if (data != nullptr) {
-    load_row(dtype, data, 0, n, row);
-  } else {
-    for (int64_t j = 0; j < n; ++j) row[j] = absent;
-  }
-  for (int64_t j = n; j < padded<T>(n); ++j) row[j] = T{0};
-  return row;
 }
 
 // ---- weights ----
@@ -121,15 +107,19 @@ void pack(const PackedWeight<E>& first, const PackedWeight<E>& second) {
   });
 }
 
-// Runs Kernel<E>(p).run() with the E for p's dtypes.
-template <template <class> class Kernel, class Parameters>
+// Runs Kernel<E, X>(p).run(): what the products multiply (operand.h), and how activations are stored.
+template <template <class, class> class Kernel, class Parameters>
 void run_by_dtype(const Parameters& p) {
-  if (p.dtype == DType::f64) return Kernel<double>(p).run();
   if constexpr (kMultipliesBFloat16) {
     const bool all_bfloat16 = p.dtype == DType::bf16 && p.param_dtype == DType::bf16;
-    if (all_bfloat16 && p.tokens > kFewTokens) return Kernel<BFloat16Pair>(p).run();
+    if (all_bfloat16 && p.tokens > kFewTokens) return Kernel<BFloat16Pair, BFloat16>(p).run();
   }
-  Kernel<float>(p).run();
+  switch (p.dtype) {
+    case DType::f64: return Kernel<double, double>(p).run();
+    case DType::f32: return Kernel<float, float>(p).run();
+    case DType::bf16: return Kernel<float, BFloat16>(p).run();
+    case DType::f16: return Kernel<float, Float16>(p).run();
+  }
 }
 
 // body(begin, end) for slices of [0, columns) that together with `depth` make about kSliceElements, whole blocks each.
@@ -138,37 +128,6 @@ void for_column_slices(int64_t columns, int64_t depth, const Body& body) {
   const int64_t slice = round_up(ceil_div(kSliceElements, depth), kBlockColumns);
   parallel_for(ceil_div(columns, slice),
                [&](int64_t task) { body(task * slice, minimum((task + 1) * slice, columns)); });
-}
-
-// ---- rows ----
-
-// sum over j < n of f(j), a vector of the columns j .. whose lanes past n are zero. Four sums at a time, since one
-// addition has to wait for the one before it.
-template <class T, class F>
-inline T sum_columns(int64_t n, const F& f) {
-  constexpr int64_t N = kLanes<T>;
-  Vec<T> sums[4] = {};
-  int64_t j = 0;
-  for (; j + 4 * N <= n; j += 4 * N) {
-    sums[0] += f(j);
-    sums[1] += f(j + N);
-    sums[2] += f(j + 2 * N);
-    sums[3] += f(j + 3 * N);
-  }
-  for (; j < n; j += N) sums[0] += f(j);
-  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
-// The mean and 1 / sqrt(variance + eps) of a row; from the deviations, since E[x^2] - mean^2 cancels for a large mean.
-template <class T>
-inline void row_statistics(const T* x, int64_t n, double eps, T& mean, T& rstd) {
-  mean = sum_columns<T>(n, [&](int64_t j) { return load_columns(x, j, n); }) / static_cast<T>(n);
-  const T squares = sum_columns<T>(n, [&](int64_t j) {
-    Vec<T> deviation = load_columns(x, j, n) - mean;
-    if (j + kLanes<T> > n) deviation = select(first_lanes<T>(n - j), deviation, Vec<T>{});
-    return deviation * deviation;
-  });
-  rstd = T{1} / static_cast<T>(__builtin_sqrt(static_cast<double>(squares / static_cast<T>(n)) + eps));
 }
 
 }  // namespace lwft::LWFT_ISA

@@ -83,8 +83,8 @@ template <class T, class X>
 void forward_as(const AddLayerNormForward& p) {
   const int64_t d = p.model_dim;
   Scratch scratch;
-  const T* weight = parameter_row(p.param_dtype, p.weight, d, T{1}, scratch.take<T>(d));
-  const T* bias = parameter_row(p.param_dtype, p.bias, d, T{0}, scratch.take<T>(d));
+  const T* weight = parameter_row(p.param_dtype, p.weight, d, T{1}, scratch);
+  const T* bias = parameter_row(p.param_dtype, p.bias, d, T{0}, scratch);
   parallel_for(ceil_div(p.tokens, kForwardRows), [&](int64_t task) {
     const int64_t begin = task * kForwardRows;
     forward_rows<T, X>(p, weight, bias, begin, minimum(begin + kForwardRows, p.tokens));
@@ -108,7 +108,7 @@ class Backward {
     const int64_t rows = maximum(kForwardRows, ceil_div(p_.tokens, kBackwardTasks));
     const int64_t tasks = ceil_div(p_.tokens, rows);
     Scratch scratch;
-    const T* weight = parameter_row(p_.param_dtype, p_.weight, d_, T{1}, scratch.take<T>(d_));
+    const T* weight = parameter_row(p_.param_dtype, p_.weight, d_, T{1}, scratch);
     T* dweight = scratch.take<T>((tasks + 1) * d_);  // the last row of each is for the sum of the others
     T* dbias = scratch.take<T>((tasks + 1) * d_);
     for (int64_t i = 0; i < (tasks + 1) * d_; ++i) dweight[i] = dbias[i] = T{0};

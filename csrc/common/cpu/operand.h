@@ -20,6 +20,21 @@ constexpr int64_t units(int64_t n) {
 template <class E>
 constexpr int64_t kUnit = kIsPair<E> ? 2 : 1;
 
+// What the numbers of an operand are in memory.
+template <class E>
+using Element = std::conditional_t<kIsPair<E>, BFloat16, E>;
+
+// A row of n numbers to be written one by one: an odd last pair is filled with zero already.
+template <class E>
+inline Element<E>* elements(E* row, int64_t n) {
+  if constexpr (kIsPair<E>) {
+    row[pairs(n) - 1].second = 0;
+    return reinterpret_cast<BFloat16*>(row);
+  } else {
+    return row;
+  }
+}
+
 // A row of n numbers, rounded to E if need be; an odd last pair is filled with zero.
 template <class E>
 inline void store_operand(const SumOf<E>* row, int64_t n, E* to) {

@@ -6,6 +6,7 @@
 // k counts 0..3: sums are kept in four parts, since one addition has to wait for the one before it.
 #pragma once
 #include "common/cpu/convert.h"
+#include "common/cpu/threads.h"
 
 namespace lwft::LWFT_ISA {
 
@@ -97,12 +98,17 @@ inline T inverse_deviation(const T* row, int64_t n, T mean, double eps) {
   return T{1} / static_cast<T>(__builtin_sqrt(variance + eps));
 }
 
-// A parameter of n elements as T: where it lies, converted into `scratch` (n elements), or `absent` where there is none.
+// A parameter of n elements as T: where it lies, converted into scratch, or `absent` where there is none.
 template <class T>
-inline const T* parameter_row(DType dtype, const void* data, int64_t n, T absent, T* scratch) {
-  if (data != nullptr) return view_row(dtype, data, 0, n, scratch);
-  for (int64_t j = 0; j < n; ++j) scratch[j] = absent;
-  return scratch;
+inline const T* parameter_row(DType dtype, const void* data, int64_t n, T absent, Scratch& scratch) {
+  if (data != nullptr && dtype == dtype_of<T>()) return static_cast<const T*>(data);
+  T* row = scratch.take<T>(n);
+  if (data != nullptr) {
+    load_row(dtype, data, 0, n, row);
+  } else {
+    for (int64_t j = 0; j < n; ++j) row[j] = absent;
+  }
+  return row;
 }
 
 }  // namespace lwft::LWFT_ISA
