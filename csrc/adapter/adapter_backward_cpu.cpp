@@ -44,7 +44,7 @@ class Backward {
         norm_bias_(normed_ ? parameter_row(p.param_dtype, p.norm_bias, d_, T{0}, scratch_) : nullptr),
         up_(p.param_dtype, p.up_weight, m_, 1, few_ || !dz_wanted_ ? 0 : d_, m_, scratch_),
         down_(p.param_dtype, p.down_weight, d_, 1, few_ || p.dx == nullptr ? 0 : m_, d_, scratch_),
-        streams_(p.dx != nullptr && may_stream<T>(static_cast<const X*>(p.dx), p.tokens, d_)) {}
+        streams_(p.dx != nullptr && may_stream<T>(p.dtype, p.dx, p.tokens, d_)) {}
 
   void run() {
     const int64_t chunks = ceil_div(p_.tokens, kChunkTokens);
@@ -287,11 +287,7 @@ class Backward {
     for_columns<T>(count, [&](auto at, int) LWFT_INLINE {
       Vec<T> value = branch(at);
       if (p_.residual_is_x) value += load_at<T>(direct, at);
-      if (streams_) {
-        stream_at<T>(dx, at, value);
-      } else {
-        store_at<T>(dx, at, value);
-      }
+      write_at<T>(streams_, dx, at, value);
     });
   }
 

@@ -19,7 +19,7 @@ class Forward {
         norm_bias_(p.norm_weight ? parameter_row(p.param_dtype, p.norm_bias, d_, T{0}, scratch_) : nullptr),
         down_bias_(parameter_row(p.param_dtype, p.down_bias, m_, T{0}, scratch_)),
         up_bias_(parameter_row(p.param_dtype, p.up_bias, d_, T{0}, scratch_)),
-        streams_(may_stream<T>(static_cast<const X*>(p.out), p.tokens, d_)) {}
+        streams_(may_stream<T>(p.dtype, p.out, p.tokens, d_)) {}
 
   void run() {
     if constexpr (!kIsPair<E>) {
@@ -164,11 +164,7 @@ class Forward {
         Vec<T> value = load_at<T>(row, at);
         if (!p_.dropout.active()) value = (value + load_at<T>(bias, at)) * scale;
         if (residual != nullptr) value += load_at<T>(residual, at);
-        if (streams_) {
-          stream_at<T>(out, at, value);
-        } else {
-          store_at<T>(out, at, value);
-        }
+        write_at<T>(streams_, out, at, value);
       });
     }
   }

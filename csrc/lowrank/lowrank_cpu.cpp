@@ -20,10 +20,9 @@
 // (common/cpu/operand.h): s and ds are rounded to bfloat16 on their way into the second product, as PyTorch rounds them.
 #include "lowrank/lowrank.h"
 
-#include "common/cpu/convert.h"
 #include "common/cpu/dropout_vec.h"
 #include "common/cpu/operand.h"
-#include "common/cpu/threads.h"
+#include "common/cpu/row.h"
 
 namespace lwft::LWFT_ISA {
 namespace {
@@ -150,6 +149,18 @@ Tile<E> view_operand(const Plan& plan, const Block& block, DType dtype, const vo
     store_operand(row, n, scratch + i * units<E>(n));
   }
   return {scratch, units<E>(n)};
+}
+
+// Asks for what is read next: a block walks through as many rows at once as no prefetcher of the machine keeps track of.
+// Columns col0 .. col0 + n - 1 of a block's tokens.
+void prefetch_columns(const Plan& plan, const Block& block, DType dtype, const void* base, int64_t row_stride,
+                      int64_t col0, int64_t n) {
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = n * static_cast<int64_t>(element_size(dtype));
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const char* row = static_cast<const char*>(element(dtype, base, plan.token(block, i) * row_stride + col0));
+    for (int64_t j = 0; j < bytes; j += kLine) __builtin_prefetch(row + j);
+  }
 }
 
 template <class T>
@@ -293,7 +304,9 @@ class Forward {
         down{{p.param_dtype, p.a, p.in_features, p.rank, 1, p.in_features}, scratch.take<E*>(plan.groups)},
         up{{p.param_dtype, p.b, p.rank, p.out_features, 1, p.rank}, kIsPair<E> ? nullptr : bias},
         up_packed(scratch.take<E*>(plan.groups)),
-        middle_stride(kIsPair<E> ? units<E>(p.rank) : padded<E>(up.depth())) {}
+        middle_stride(kIsPair<E> ? units<E>(p.rank) : padded<E>(up.depth())),
+        streams(!p.accumulate && p.out_row_stride == p.out_features &&
+                may_stream<T>(p.out_dtype, p.out, p.tokens, p.out_features)) {}
 
   void run_all() {
     pack();
@@ -366,6 +379,8 @@ class Forward {
     }
     if (has_adapter(block)) {
       const auto view = [&](int64_t i, int64_t depth, E* columns) {
+        prefetch_columns(plan, block, p.x_dtype, p.x, p.x_row_stride, i + depth,
+                         minimum(depth, p.in_features - i - depth));
         return view_operand(plan, block, p.x_dtype, p.x, p.x_row_stride, i, depth, p.dropout, columns);
       };
       down.multiply(block, view, sums, stride);
@@ -390,7 +405,7 @@ class Forward {
     T* const tile = local.take<T>(block.rows * kColumns);
     E* const panels = local.take<E>(up.packed_size(kColumns));
     // Where out holds the sums as they are, they go straight there.
-    const bool holds_sums = !kIsPair<E> && p.out_dtype == dtype_of<T>() && plan.contiguous(block);
+    const bool holds_sums = !kIsPair<E> && !streams && p.out_dtype == dtype_of<T>() && plan.contiguous(block);
     for (int64_t j = begin; j < end; j += kColumns) {
       const int64_t n = minimum(kColumns, end - j);
       const E* const from = up_packed[block.group];
@@ -402,35 +417,26 @@ class Forward {
              p.accumulate ? Mode::accumulate : Mode::overwrite);
       } else {
         gemm(block.rows, n, up.depth(), middle, middle_stride, 1, b, tile, kColumns, Mode::overwrite);
-        if (kIsPair<E> && bias != nullptr) add_bias(block.rows, j, n, tile);
         store_tile(block, tile, j, n);
       }
     }
+    if (streams) finish_streaming();
   }
 
-  // tile += the columns j .. j + n - 1 of bias.
-  void add_bias(int64_t rows, int64_t j, int64_t n, T* tile) const {
-    for (int64_t c = 0; c < n; c += kLanes<T>) {
-      const Vec<T> part = load_columns(bias, j + c, j + n);
-      for (int64_t i = 0; i < rows; ++i) store(tile + i * kColumns + c, load(tile + i * kColumns + c) + part);
-    }
-  }
-
-  // out (+)= tile, for columns j .. j + n - 1.
+  // out (+)= tile, for columns j .. j + n - 1; and the bias where the product has not added it (Wide::bias).
   void store_tile(const Block& block, const T* tile, int64_t j, int64_t n) const {
+    const T* const missing = kIsPair<E> && bias != nullptr ? bias + j : nullptr;
     visit_storage(p.out_dtype, [&](auto storage) {
       using Storage = decltype(storage);
-      constexpr int64_t N = kLanes<T>;
       for (int64_t i = 0; i < block.rows; ++i) {
         Storage* const out = static_cast<Storage*>(p.out) + plan.token(block, i) * p.out_row_stride + j;
         const T* const row = tile + i * kColumns;
-        int64_t c = 0;
-        for (; c + N <= n; c += N) {
-          store_as<T>(out + c, p.accumulate ? load_as<T>(out + c) + load(row + c) : load(row + c));
-        }
-        if (c == n) continue;
-        const Vec<T> sum = load(row + c);
-        store_first_as<T>(out + c, p.accumulate ? load_first_as<T>(out + c, n - c) + sum : sum, n - c);
+        for_columns<T>(n, [&](auto at, int) LWFT_INLINE {
+          Vec<T> value = load_at<T>(row, at);
+          if (missing != nullptr) value += load_at<T>(missing, at);
+          if (p.accumulate) value += load_at<T>(out, at);
+          write_at<T>(streams, out, at, value);
+        });
       }
     });
   }
@@ -453,6 +459,7 @@ class Forward {
   const Wide<E> up;     // B^T (rank, out_features)
   E** const up_packed;
   const int64_t middle_stride;
+  const bool streams;  // out is written past the caches
 };
 
 // ---- backward ----
@@ -467,7 +474,8 @@ class Backward {
         plan(make_plan(p.tokens, p.adapters, p.adapter_index, scratch)),
         up{{p.param_dtype, p.b, p.out_features, p.rank, p.rank, 1}, scratch.take<E*>(plan.groups)},
         down{{p.param_dtype, p.a, p.rank, p.in_features, p.in_features, 1}, nullptr},
-        middle_stride(padded<T>(p.rank)) {}
+        middle_stride(padded<T>(p.rank)),
+        streams(p.dx != nullptr && may_stream<T>(p.x_dtype, p.dx, p.tokens, p.in_features)) {}
 
   void run_all() {
     if (p.dx != nullptr || p.da != nullptr) make_middle();
@@ -527,6 +535,8 @@ class Backward {
         rows = middle + block.first * middle_stride;
       }
       const auto view = [&](int64_t j, int64_t n, E* columns) {
+        prefetch_columns(plan, block, p.out_dtype, p.grad_out, p.grad_out_row_stride, j + n,
+                         minimum(n, p.out_features - j - n));
         return view_operand(plan, block, p.out_dtype, p.grad_out, p.grad_out_row_stride, j, n, Dropout{}, columns);
       };
       up.multiply(block, view, rows, middle_stride);
@@ -570,6 +580,11 @@ class Backward {
         const Mode mode = block == first ? Mode::overwrite : Mode::accumulate;
         for (int64_t j = begin; j < end; j += kColumns) {
           const int64_t at_j = j - begin;
+          const bool more = j + kColumns < end;
+          if (sums != nullptr && (more || block + 1 < last)) {
+            prefetch_columns(plan, more ? *block : block[1], p.x_dtype, p.x, p.x_row_stride,
+                             more ? j + kColumns : begin, kColumns);
+          }
           take_x(*block, j, minimum(kColumns, end - j), sums != nullptr ? sums + at_j : nullptr, stride, mode,
                  panels != nullptr ? panels + at_j * down.depth() : nullptr);
         }
@@ -580,6 +595,7 @@ class Backward {
         store_row(p.param_dtype, sums + i * stride, end - begin, p.da, (group * p.rank + i) * p.in_features + begin);
       }
     }
+    if (streams) finish_streaming();
     if (p.dx == nullptr || first_block(p.adapters) == last_block(p.adapters)) return;
     const T* const row = zeros<T>(end - begin, local);
     for (int64_t i = plan.group_first[p.adapters]; i < plan.group_first[p.adapters + 1]; ++i) {
@@ -601,29 +617,44 @@ class Backward {
       }
     }
     if (sums != nullptr) {
-      E* const x_panels = local.take<E>(panel_size<E>(units<E>(block.rows), kColumns));
-      if (kIsPair<E> && mask == nullptr) {
-        pack_operand(p.x_dtype, element(p.x_dtype, p.x, plan.token(block, 0) * p.x_row_stride + j), p.x_row_stride, 1,
-                     block.rows, n, x_panels);
+      if constexpr (kIsPair<E>) {
+        E* const x_panels = local.take<E>(panel_size<E>(units<E>(block.rows), kColumns));
+        if (mask == nullptr) {
+          pack_operand(p.x_dtype, element(p.x_dtype, p.x, plan.token(block, 0) * p.x_row_stride + j), p.x_row_stride, 1,
+                       block.rows, n, x_panels);
+        } else {
+          const Tile<T> x = masked_input(block, j, n, mask, tile);
+          pack_operand(dtype_of<T>(), x.data, x.row_stride, 1, block.rows, n, x_panels);
+        }
+        add_products(block, middle_panels, n, x_panels, sums, sums_stride, mode);
       } else {
         const Tile<T> x = masked_input(block, j, n, mask, tile);
-        pack_operand(dtype_of<T>(), x.data, x.row_stride, 1, block.rows, n, x_panels);
+        gemm_rows(p.rank, n, block.rows, middle + block.first * middle_stride, 1, middle_stride, x.data, x.row_stride,
+                  sums, sums_stride, mode);
       }
-      add_products(block, middle_panels, middle, middle_stride, n, x_panels, sums, sums_stride, mode);
     }
     if (a_panels == nullptr) return;
-    const bool as_it_is = !kIsPair<E> && mask == nullptr && p.x_dtype == dtype_of<T>() && n % kLanes<T> == 0;
+    const bool as_it_is =
+        !kIsPair<E> && !streams && mask == nullptr && p.x_dtype == dtype_of<T>() && n % kLanes<T> == 0;
     if (as_it_is && plan.contiguous(block)) {
       T* const dx = static_cast<T*>(p.dx) + plan.token(block, 0) * p.in_features + j;
       times_a(block, n, a_panels, dx, p.in_features);
       return;
     }
     times_a(block, n, a_panels, tile, kColumns);
-    for (int64_t i = 0; i < block.rows; ++i) {
-      T* const row = tile + i * kColumns;
-      if (mask != nullptr) multiply_row(n, mask + i * kColumns, row);
-      store_row(p.x_dtype, row, n, p.dx, plan.token(block, i) * p.in_features + j);
-    }
+    visit_storage(p.x_dtype, [&](auto storage) {
+      using Storage = decltype(storage);
+      for (int64_t i = 0; i < block.rows; ++i) {
+        Storage* const dx = static_cast<Storage*>(p.dx) + plan.token(block, i) * p.in_features + j;
+        const T* const row = tile + i * kColumns;
+        const T* const factors = mask != nullptr ? mask + i * kColumns : nullptr;
+        for_columns<T>(n, [&](auto at, int) LWFT_INLINE {
+          Vec<T> value = load_at<T>(row, at);
+          if (factors != nullptr) value *= load_at<T>(factors, at);
+          write_at<T>(streams, dx, at, value);
+        });
+      }
+    });
   }
 
   // middle A, n columns of it
@@ -637,29 +668,38 @@ class Backward {
     }
   }
 
-  // sums (rank, n) (+)= rows^T B over a block's tokens; rows (tokens, rank) in memory, or for pairs as panels.
-  void add_products(const Block& block, const E* panels, const T* rows, int64_t rows_stride, int64_t n, const E* b,
-                    T* sums, int64_t sums_stride, Mode mode) const {
-    if constexpr (kIsPair<E>) {
-      const E* const own = panels + (&block - plan.blocks) * block_panels();
-      const int64_t depth = units<E>(block.rows);
-      for (int64_t i = 0; i < p.rank; i += kPanelColumns<E>) {
-        const int64_t count = minimum(kPanelColumns<E>, p.rank - i);
-        gemm(count, n, depth, own + i * depth, 1, padded<E>(count), b, sums + i * sums_stride, sums_stride, mode);
-      }
-    } else {
-      gemm(p.rank, n, block.rows, rows + block.first * rows_stride, 1, rows_stride, b, sums, sums_stride, mode);
+  // For pairs: sums (rank, n) (+)= rows^T B over a block's tokens; rows (tokens, rank) as panels of each block.
+  void add_products(const Block& block, const E* panels, int64_t n, const E* b, T* sums, int64_t sums_stride,
+                    Mode mode) const {
+    const E* const own = panels + (&block - plan.blocks) * block_panels();
+    const int64_t depth = units<E>(block.rows);
+    for (int64_t i = 0; i < p.rank; i += kPanelColumns<E>) {
+      const int64_t count = minimum(kPanelColumns<E>, p.rank - i);
+      gemm(count, n, depth, own + i * depth, 1, padded<E>(count), b, sums + i * sums_stride, sums_stride, mode);
     }
   }
 
   Tile<T> masked_input(const Block& block, int64_t j, int64_t n, const T* mask, T* tile) const {
-    if (mask == nullptr) return view_columns(plan, block, p.x_dtype, p.x, p.x_row_stride, j, n, tile);
+    if (mask == nullptr) return view_rows(block, p.x_dtype, p.x, p.x_row_stride, j, n, tile);
     for (int64_t i = 0; i < block.rows; ++i) {
       T* const row = tile + i * kColumns;
       load_row(p.x_dtype, p.x, plan.token(block, i) * p.x_row_stride + j, n, row);
       multiply_row(n, mask + i * kColumns, row);
     }
     return {tile, kColumns};
+  }
+
+  // Columns col0 .. col0 + n - 1 of a block's tokens as a B of gemm_rows: where they lie, or in scratch, of kColumns
+  // elements a row.
+  Tile<T> view_rows(const Block& block, DType dtype, const void* base, int64_t row_stride, int64_t col0, int64_t n,
+                    T* rows) const {
+    if (dtype == dtype_of<T>() && n % kLanes<T> == 0 && plan.contiguous(block)) {
+      return {static_cast<const T*>(base) + plan.token(block, 0) * row_stride + col0, row_stride};
+    }
+    for (int64_t i = 0; i < block.rows; ++i) {
+      load_row(dtype, base, plan.token(block, i) * row_stride + col0, n, rows + i * kColumns);
+    }
+    return {rows, kColumns};
   }
 
   // Rows of kColumns elements: past n they may be multiplied too.
@@ -693,8 +733,13 @@ class Backward {
   // tokens.
   void take_grad_out(const Block& block, int64_t begin, int64_t end, T* db, T* dbias, int64_t stride, Mode mode) const {
     Scratch local;
-    T* const columns = local.take<T>(block.rows * kColumns);
-    E* const panels = local.take<E>(panel_size<E>(units<E>(block.rows), kColumns));
+    T* columns = nullptr;
+    E* panels = nullptr;
+    if constexpr (kIsPair<E>) {
+      panels = local.take<E>(panel_size<E>(units<E>(block.rows), kColumns));
+    } else {
+      columns = local.take<T>(block.rows * kColumns);
+    }
     Tile<T> hidden{};
     if (db != nullptr && !kIsPair<E>) {
       T* const gathered = local.take<T>(block.rows * p.rank);
@@ -702,18 +747,23 @@ class Backward {
     }
     for (int64_t j = begin; j < end; j += kColumns) {
       const int64_t n = minimum(kColumns, end - j);
+      const bool more = j + kColumns < end;
+      if (more || &block + 1 < plan.blocks + plan.count) {
+        prefetch_columns(plan, more ? block : (&block)[1], p.out_dtype, p.grad_out, p.grad_out_row_stride,
+                         more ? j + kColumns : begin, kColumns);
+      }
       if constexpr (kIsPair<E>) {
         constexpr E kOnes = {0x3F80, 0x3F80};
         const int64_t depth = units<E>(block.rows);
         pack_operand(p.out_dtype, element(p.out_dtype, p.grad_out, block.first * p.grad_out_row_stride + j),
                      p.grad_out_row_stride, 1, block.rows, n, panels);
-        if (db != nullptr) add_products(block, hidden_panels, nullptr, 0, n, panels, db + (j - begin), stride, mode);
+        if (db != nullptr) add_products(block, hidden_panels, n, panels, db + (j - begin), stride, mode);
         if (dbias != nullptr) gemm(1, n, depth, &kOnes, 0, 0, panels, dbias + (j - begin), stride, Mode::accumulate);
       } else {
-        const Tile<T> dy = view_columns(plan, block, p.out_dtype, p.grad_out, p.grad_out_row_stride, j, n, columns);
+        const Tile<T> dy = view_rows(block, p.out_dtype, p.grad_out, p.grad_out_row_stride, j, n, columns);
         if (db != nullptr) {
-          pack_panels(dtype_of<T>(), dy.data, dy.row_stride, 1, block.rows, n, panels);
-          gemm(p.rank, n, block.rows, hidden.data, 1, hidden.row_stride, panels, db + (j - begin), stride, mode);
+          gemm_rows(p.rank, n, block.rows, hidden.data, 1, hidden.row_stride, dy.data, dy.row_stride, db + (j - begin),
+                    stride, mode);
         }
         if (dbias != nullptr) add_rows(block.rows, n, dy, dbias + (j - begin));
       }
@@ -755,6 +805,7 @@ class Backward {
   const Deep<E> up;    // B (out_features, rank)
   const Wide<E> down;  // A (rank, in_features)
   const int64_t middle_stride;
+  const bool streams;          // dx is written past the caches
   T* middle = nullptr;         // (tokens, rank) in the order of the plan; for pairs instead, as far as it is wanted,
   E* middle_rows = nullptr;    // as rows of pairs of its columns,
   E* middle_panels = nullptr;  // and of each block as panels of pairs of tokens; hidden likewise

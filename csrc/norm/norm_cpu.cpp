@@ -51,7 +51,7 @@ template <class T, class X>
 void forward_rows(const AddLayerNormForward& p, const T* weight, const T* bias, int64_t begin, int64_t end) {
   const int64_t d = p.model_dim;
   X* result = static_cast<X*>(p.out);  // mixed dtypes of x and u make a sum of T
-  const bool streams = may_stream<T>(result, p.tokens, d);
+  const bool streams = may_stream<T>(p.out_dtype, p.out, p.tokens, d);
   Scratch scratch;
   T* s = scratch.take<T>(d);
   T* buffer = scratch.take<T>(2 * d);
@@ -66,12 +66,7 @@ void forward_rows(const AddLayerNormForward& p, const T* weight, const T* bias, 
     X* out = result + token * d;
     for_columns<T>(d, [&](auto at, int) LWFT_INLINE {
       const Vec<T> normalised = (load_at<T>(s, at) - mean) * rstd;
-      const Vec<T> y = fma(normalised, load_at<T>(weight, at), load_at<T>(bias, at));
-      if (streams) {
-        stream_at<T>(out, at, y);
-      } else {
-        store_at<T>(out, at, y);
-      }
+      write_at<T>(streams, out, at, fma(normalised, load_at<T>(weight, at), load_at<T>(bias, at)));
     });
     static_cast<T*>(p.mean)[token] = mean;
     static_cast<T*>(p.rstd)[token] = rstd;
@@ -168,7 +163,7 @@ class Backward {
   template <bool kWanted>
   void second_pass(const T* weight, T* dweight, T* dbias, const BlockRow<T, X>* rows, int64_t count, X* dx,
                    bool keep) const {
-    const bool streams = dx != nullptr && may_stream<T>(static_cast<const X*>(p_.dx), p_.tokens, d_);
+    const bool streams = dx != nullptr && may_stream<T>(p_.x_dtype, p_.dx, p_.tokens, d_);
     for_columns<T>(d_, [&](auto at, int) LWFT_INLINE {
       const Vec<T> w = load_at<T>(weight, at);
       Vec<T> dw = load_at<T>(dweight, at), db = load_at<T>(dbias, at);
@@ -178,11 +173,7 @@ class Backward {
         db += dy;
         if constexpr (kWanted) {
           const Vec<T> ds = (dy * w - rows[r].mean_g - n * rows[r].mean_gn) * rows[r].rstd;
-          if (streams) {
-            stream_at<T>(dx + r * d_, at, ds);
-          } else if (dx != nullptr) {
-            store_at<T>(dx + r * d_, at, ds);
-          }
+          if (dx != nullptr) write_at<T>(streams, dx + r * d_, at, ds);
           if (keep) store_at<T>(rows[r].n, at, ds);
         }
       }

@@ -30,26 +30,32 @@ inline void store_at(Storage* row, WholeColumns at, Vec<T> v) {
   store_as<T>(row + at.j, v);
 }
 template <class T, class Storage>
-inline void stream_at(Storage* row, WholeColumns at, Vec<T> v) {
+inline void store_at(Storage* row, RestColumns at, Vec<T> v) {
+  store_first_as<T>(row + at.j, v, at.count);
+}
+
+// Whether a result of `rows` rows of n elements, one after the other, is best streamed (vec.h): whole aligned
+// vectors, and too many for them to be in a cache still when someone reads them.
+template <class T>
+inline bool may_stream(DType dtype, const void* to, int64_t rows, int64_t n) {
+  constexpr int64_t kLeastBytes = int64_t{4} << 20;
+  const int64_t element_bytes = static_cast<int64_t>(element_size(dtype));
+  const int64_t row_bytes = n * element_bytes, vector_bytes = kLanes<T> * element_bytes;
+  return rows * row_bytes >= kLeastBytes && row_bytes % vector_bytes == 0 &&
+         reinterpret_cast<uintptr_t>(to) % static_cast<uintptr_t>(vector_bytes) == 0;
+}
+
+// store_at, past the caches where `streams`: then it may_stream, and finish_streaming follows.
+template <class T, class Storage>
+inline void write_at(bool streams, Storage* row, WholeColumns at, Vec<T> v) {
+  if (!streams) return store_at<T>(row, at, v);
   Lanes<uint8_t, kLanes<T>* static_cast<int>(sizeof(Storage))> bytes;
   store_as<T>(reinterpret_cast<Storage*>(&bytes), v);
   stream(row + at.j, bytes);
 }
 template <class T, class Storage>
-inline void stream_at(Storage*, RestColumns, Vec<T>) {}  // see may_stream
-template <class T, class Storage>
-inline void store_at(Storage* row, RestColumns at, Vec<T> v) {
-  store_first_as<T>(row + at.j, v, at.count);
-}
-
-// Whether `rows` rows of n elements are best written by stream_at: whole aligned vectors, and too many for them to be in a
-// cache still when someone reads them.
-template <class T, class Storage>
-inline bool may_stream(const Storage* to, int64_t rows, int64_t n) {
-  constexpr int64_t kLeastBytes = int64_t{4} << 20;
-  constexpr int64_t kVector = kLanes<T> * static_cast<int64_t>(sizeof(Storage));
-  const int64_t row_bytes = n * static_cast<int64_t>(sizeof(Storage));
-  return rows * row_bytes >= kLeastBytes && row_bytes % kVector == 0 && reinterpret_cast<uintptr_t>(to) % kVector == 0;
+inline void write_at(bool, Storage* row, RestColumns at, Vec<T> v) {
+  store_at<T>(row, at, v);
 }
 
 // v, with zeros in the lanes past the end of the row.

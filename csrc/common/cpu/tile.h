@@ -68,6 +68,12 @@ template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels, SumOf<T>* c,
           int64_t ldc, Mode mode);
 
+// The same with a row-major B (k, n) where it lies, of row stride ldb: for one that is used by few rows of A only, where a
+// copy into panels costs as much as the product. padded<T>(n) columns of B are read.
+template <class T>
+void gemm_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c,
+               int64_t ldc, Mode mode);
+
 // ---- bfloat16 times bfloat16 with sums in float, at twice the rate, on machines that multiply pairs of them
 
 // Two neighbours along k; where k is odd the last `second` is zero.

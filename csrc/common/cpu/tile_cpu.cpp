@@ -45,10 +45,11 @@ struct Product<BFloat16Pair> {
 };
 #endif
 
-// C[Rows, Vectors] (+)= A[Rows, k] B[k, Vectors]. Every loop over `sums` must be unrolled in full, or gcc
+// C[Rows, Vectors] (+)= A[Rows, k] B[k, Vectors]; b_row is the row stride of B. Every loop over `sums` must be unrolled in full, or gcc
 // leaves the array on the stack (measured: 38 instead of 110 GFLOP/s).
 template <class T, int Rows, int Vectors>
-void tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, SumOf<T>* c, int64_t ldc, Mode mode) {
+void tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, SumOf<T>* c, int64_t ldc,
+          Mode mode) {
   constexpr int N = kLanes<T>;
   using P = Product<T>;
   using Sum = Vec<SumOf<T>>;
@@ -61,18 +62,18 @@ void tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, SumOf
   // Two pointers into A: the multiples of a_row for twelve rows do not fit the registers for addresses.
   const T* a_low = Rows > 6 ? a + 6 * a_row : a;
   for (int64_t l = 0; l < k; ++l) {
-    typename P::Row b_row[Vectors];
+    typename P::Row row[Vectors];
 #pragma GCC unroll 16
-    for (int j = 0; j < Vectors; ++j) b_row[j] = P::row(b + j * N);
+    for (int j = 0; j < Vectors; ++j) row[j] = P::row(b + j * N);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       const typename P::Row element = P::element(i < 6 ? a + i * a_row : a_low + (i - 6) * a_row);
 #pragma GCC unroll 16
-      for (int j = 0; j < Vectors; ++j) sums[i][j] = P::add(element, b_row[j], sums[i][j]);
+      for (int j = 0; j < Vectors; ++j) sums[i][j] = P::add(element, row[j], sums[i][j]);
     }
     a += a_col;
     a_low += a_col;
-    b += Vectors * N;
+    b += b_row;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
@@ -85,7 +86,7 @@ void tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, SumOf
 }
 
 template <class T>
-using TileFunction = void (*)(int64_t, const T*, int64_t, int64_t, const T*, SumOf<T>*, int64_t, Mode);
+using TileFunction = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, SumOf<T>*, int64_t, Mode);
 
 // tile<T, rows, Vectors> for rows = 1 .. tile_rows(Vectors), at [rows - 1].
 template <class T, int Vectors, class Rows = std::make_integer_sequence<int, tile_rows(Vectors)>>
@@ -99,14 +100,14 @@ struct TileTable<T, Vectors, std::integer_sequence<int, Rows...>> {
 // 4 + 4, not 6 + 2.
 template <class T, int Vectors = kPanelVectors>
 void panel_product(int64_t width, int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panel,
-                   SumOf<T>* c, int64_t ldc, Mode mode) {
+                   int64_t b_row, SumOf<T>* c, int64_t ldc, Mode mode) {
   if constexpr (Vectors > 1) {
     if (width < Vectors * kLanes<T>)
-      return panel_product<T, Vectors - 1>(width, m, k, a, a_row, a_col, panel, c, ldc, mode);
+      return panel_product<T, Vectors - 1>(width, m, k, a, a_row, a_col, panel, b_row, c, ldc, mode);
   }
   for (int64_t chunks = ceil_div(m, tile_rows(Vectors)); chunks > 0; --chunks) {
     const int64_t rows = ceil_div(m, chunks);
-    TileTable<T, Vectors>::functions[rows - 1](k, a, a_row, a_col, panel, c, ldc, mode);
+    TileTable<T, Vectors>::functions[rows - 1](k, a, a_row, a_col, panel, b_row, c, ldc, mode);
     m -= rows;
     a += rows * a_row;
     c += rows * ldc;
@@ -124,7 +125,20 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_
     for (int64_t j = 0; j < n; j += kPanelColumns<T>) {
       const int64_t width = minimum(kPanelColumns<T>, padded<T>(n - j));
       panel_product(width, m, minimum(kKBlock, k - k0), a + k0 * a_col, a_row, a_col, panels + j * k + k0 * width,
-                    c + j, ldc, block_mode);
+                    width, c + j, ldc, block_mode);
+    }
+  }
+}
+
+template <class T>
+void gemm_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c,
+               int64_t ldc, Mode mode) {
+  if (k == 0 && mode == Mode::overwrite) clear_rows(m, padded<T>(n), c, ldc);
+  for (int64_t k0 = 0; k0 < k; k0 += kKBlock) {
+    const Mode block_mode = k0 == 0 ? mode : Mode::accumulate;
+    for (int64_t j = 0; j < n; j += kPanelColumns<T>) {
+      panel_product(minimum(kPanelColumns<T>, padded<T>(n - j)), m, minimum(kKBlock, k - k0), a + k0 * a_col, a_row,
+                    a_col, b + k0 * ldb + j, ldb, c + j, ldc, block_mode);
     }
   }
 }
@@ -510,6 +524,10 @@ template void pack_panels<float>(DType, const void*, int64_t, int64_t, int64_t, 
 template void pack_panels<double>(DType, const void*, int64_t, int64_t, int64_t, int64_t, double*);
 template void gemm<float>(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, float*, int64_t,
                           Mode);
+template void gemm_rows<float>(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*,
+                               int64_t, Mode);
+template void gemm_rows<double>(int64_t, int64_t, int64_t, const double*, int64_t, int64_t, const double*, int64_t,
+                                double*, int64_t, Mode);
 template void gemm<double>(int64_t, int64_t, int64_t, const double*, int64_t, int64_t, const double*, double*, int64_t,
                            Mode);
 #if defined(__AVX512BF16__)
