@@ -42,8 +42,9 @@ struct BackwardBuffers {
   PackedRows<E> q, grad_out;
   T *scores, *dscores;    // (kScoreRows, kScoreStride): S, then P * Z;  dP, then dS
   T *slope, *multiplier;  // (kScoreStride), of one row: derivative of the softcap; Z
-  // For pairs, scores or dscores as they come into the products: as rows, and their transpose.
-  E *score_rows, *score_columns;
+  // For pairs, P * Z and dS as they come into the products: as rows, and the transpose of either.
+  E *weight_rows, *dscore_rows;  // (kScoreRows, kScoreStride)
+  E* transposed;
 
   BackwardBuffers(int64_t d, Scratch& scratch) : q(d, scratch), grad_out(d, scratch) {
     keys_transposed = scratch.take<E>(panel_size<E>(units<E>(d), kBlockKeys));
@@ -55,8 +56,9 @@ struct BackwardBuffers {
     dscores = scratch.take<T>(kScoreRows * kScoreStride<T>);
     slope = scratch.take<T>(kScoreStride<T>);
     multiplier = scratch.take<T>(kScoreStride<T>);
-    score_rows = scratch.take<E>(kIsPair<E> ? kScoreRows * kScoreStride<E> : 0);
-    score_columns = scratch.take<E>(kIsPair<E> ? panel_size<E>(units<E>(kScoreRows), kBlockKeys) : 0);
+    weight_rows = scratch.take<E>(kIsPair<E> ? kScoreRows * kScoreStride<E> : 0);
+    dscore_rows = scratch.take<E>(kIsPair<E> ? kScoreRows * kScoreStride<E> : 0);
+    transposed = scratch.take<E>(kIsPair<E> ? panel_size<E>(units<E>(kScoreRows), kBlockKeys) : 0);
   }
 };
 
@@ -217,7 +219,9 @@ void weigh(int64_t n, const Weight& weight, T delta, const T* multiplier, T* sco
 }
 
 // Whether all that a row sees is in this block.
-inline bool is_whole(const HeadGroup& group, int64_t row, const Segment& segment, Range block) {
+template <class T>
+bool is_whole(const BackwardPlan<T>& plan, const HeadGroup& group, int64_t row, const Segment& segment, Range block) {
+  if (plan.all_whole) return true;
   const Range keys = group.visible(row);
   if (segment.prefix) return block.size() == segment.count && keys.empty();
   return group.shape.prefix == 0 && block.begin <= keys.begin && keys.end <= block.end;
@@ -252,7 +256,7 @@ void score_gradient_row(const BackwardPlan<T>& plan, const HeadGroup& group, int
   }
   const int64_t begin = seen.begin - first, n = seen.size();
   const T* multiplier = finish_row(group, row, segment, seen, buffers, scores + begin, dscores + begin);
-  if (is_whole(group, row, segment, block)) {
+  if (is_whole(plan, group, row, segment, block)) {
     // The exact statistics cost next to nothing here.
     RunningDelta<T> whole;
     whole.add(n, scores + begin, dscores + begin);
@@ -278,21 +282,21 @@ void score_gradient_row(const BackwardPlan<T>& plan, const HeadGroup& group, int
   }
 }
 
-// to (width, padded D) += scores^T B, scores (count, width), B (count, D) in panels.
+// to (width, padded D) += scores^T B, scores (count, width) of row stride kScoreStride<E>, B (count, D) in panels.
 template <class E, class T = SumOf<E>>
-void add_transposed_product(int64_t width, int64_t d, int64_t count, const T* scores, const E* b,
+void add_transposed_product(int64_t width, int64_t d, int64_t count, const E* scores, const E* b,
                             BackwardBuffers<E>& buffers, T* to) {
   const int64_t d_padded = padded<T>(d);
   if constexpr (kIsPair<E>) {
     const int64_t depth = units<E>(count);
-    pack_operand(dtype_of<T>(), scores, kScoreStride<T>, 1, count, width, buffers.score_columns);
+    pack_operand(DType::bf16, scores, 2 * kScoreStride<E>, 1, count, width, buffers.transposed);
     for (int64_t i = 0; i < width; i += kPanelColumns<E>) {
       const int64_t keys = minimum(kPanelColumns<E>, width - i);
-      gemm(keys, d, depth, buffers.score_columns + i * depth, 1, padded<E>(keys), b, to + i * d_padded, d_padded,
+      gemm(keys, d, depth, buffers.transposed + i * depth, 1, padded<E>(keys), b, to + i * d_padded, d_padded,
            Mode::accumulate);
     }
   } else {
-    gemm(width, d, count, scores, 1, kScoreStride<T>, b, to, d_padded, Mode::accumulate);
+    gemm(width, d, count, scores, 1, kScoreStride<E>, b, to, d_padded, Mode::accumulate);
   }
 }
 
@@ -308,31 +312,37 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
 
   load_tile(p, group, tile, buffers);
   score_products(plan, group, segment, block, count, first, end, buffers);
+  const E *weights = nullptr, *dscores = nullptr;
   for (int64_t i = 0; i < count; ++i) {
+    T* const score_row = buffers.scores + i * kScoreStride<T>;
+    T* const dscore_row = buffers.dscores + i * kScoreStride<T>;
     score_gradient_row(plan, group, tile.begin + i, segment, chunk, block, block.begin + first, width, buffers,
-                       buffers.scores + i * kScoreStride<T>, buffers.dscores + i * kScoreStride<T>);
+                       score_row, dscore_row);
+    if constexpr (kIsPair<E>) {
+      store_operand(score_row, width, buffers.weight_rows + i * kScoreStride<E>);
+      store_operand(dscore_row, width, buffers.dscore_rows + i * kScoreStride<E>);
+    }
+  }
+  if constexpr (kIsPair<E>) {
+    weights = buffers.weight_rows;
+    dscores = buffers.dscore_rows;
+  } else {
+    weights = buffers.scores;
+    dscores = buffers.dscores;
   }
   if (dv_wanted) {
     buffers.grad_out.pack(count, d);
-    add_transposed_product(width, d, count, buffers.scores, buffers.grad_out.panels, buffers,
-                           buffers.dv + first * d_padded);
+    add_transposed_product(width, d, count, weights, buffers.grad_out.panels, buffers, buffers.dv + first * d_padded);
   }
   if (dk_wanted) {
     buffers.q.pack(count, d);
-    add_transposed_product(width, d, count, buffers.dscores, buffers.q.panels, buffers, buffers.dk + first * d_padded);
+    add_transposed_product(width, d, count, dscores, buffers.q.panels, buffers, buffers.dk + first * d_padded);
   }
   if (buffers.dq == nullptr) return;
   T* dq = buffers.dq + tile.begin * d_padded;
-  const E* rows = nullptr;
-  if constexpr (kIsPair<E>) {
-    for (int64_t i = 0; i < count; ++i) {
-      store_operand(buffers.dscores + i * kScoreStride<T>, width, buffers.score_rows + i * kScoreStride<E>);
-    }
-    rows = buffers.score_rows;
-  } else {
-    rows = buffers.dscores;
+  if constexpr (!kIsPair<E>) {
     if (plan.few_rows) {
-      combine_rows(count, d, width, buffers.dscores, kScoreStride<T>, p.shape.dtype, segment.key(group, block.begin),
+      combine_rows(count, d, width, dscores, kScoreStride<T>, p.shape.dtype, segment.key(group, block.begin),
                    segment.k.stride[2], dq, d_padded, Mode::accumulate);
       return;
     }
@@ -340,28 +350,29 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
   // One panel of K at a time, so that the keys may be a part of those packed.
   for (int64_t j = 0; j < d; j += kPanelColumns<E>) {
     const int64_t panel_width = minimum(kPanelColumns<E>, padded<E>(d - j));
-    gemm(count, panel_width, units<E>(width), rows, kScoreStride<E>, 1,
+    gemm(count, panel_width, units<E>(width), dscores, kScoreStride<E>, 1,
          buffers.keys + j * units<E>(block.size()) + units<E>(first) * panel_width, dq + j, d_padded, Mode::accumulate);
   }
 }
 
 // ---- a block, a group, everything ----
 
-// Rows of dk or dv to where they belong.
+// Rows of dk or dv, times `scale`, to where they belong.
 template <class T>
 void store_key_gradient(const BackwardPlan<T>& plan, const HeadGroup& group, bool prefix, Range block, const T* from,
-                        const StridedOut& keys, void* prefix_out, T* prefix_sums) {
+                        T scale, const StridedOut& keys, void* prefix_out, T* prefix_sums) {
   const AttentionShape& shape = plan.p.shape;
-  const int64_t prefix_start = group.number() * shape.prefix;
-  for (int64_t j = block.begin; j < block.end; ++j, from += plan.d_padded) {
-    if (!prefix) {
-      const int64_t offset = group.batch * keys.stride[0] + group.kv_head * keys.stride[1] + j * keys.stride[2];
-      store_row(shape.dtype, from, plan.d, keys.data, offset);
-    } else if (prefix_sums != nullptr) {
-      store_row(dtype_of<T>(), from, plan.d, prefix_sums, (prefix_start + j) * plan.d);
-    } else {
-      store_row(shape.dtype, from, plan.d, prefix_out, (prefix_start + j) * plan.d);
-    }
+  const auto factor = [scale](int64_t) { return scale; };
+  const auto in_prefix = [&](int64_t j) { return (group.number() * shape.prefix + j) * plan.d; };
+  if (!prefix) {
+    const int64_t start = group.batch * keys.stride[0] + group.kv_head * keys.stride[1];
+    store_rows(shape, block, from, factor, keys.data, [&](int64_t j) { return start + j * keys.stride[2]; });
+  } else if (prefix_sums == nullptr) {
+    store_rows(shape, block, from, factor, prefix_out, in_prefix);
+  } else {
+    AttentionShape sums = shape;
+    sums.dtype = dtype_of<T>();
+    store_rows(sums, block, from, factor, static_cast<void*>(prefix_sums), in_prefix);
   }
 }
 
@@ -387,22 +398,21 @@ void block_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_
     tile_gradients(plan, group, segment, chunk, block, plan.tiles[t], dk_wanted, dv_wanted, buffers);
   }
   if (dk_wanted) {
-    const T scale = scores_scale<E>(group);
-    if (scale != T{1}) scale_row(block.size() * plan.d_padded, buffers.dk, scale);
-    store_key_gradient(plan, group, prefix, block, buffers.dk, p.dk, p.dprefix_k, plan.dprefix_k);
+    store_key_gradient(plan, group, prefix, block, buffers.dk, scores_scale<E>(group), p.dk, p.dprefix_k,
+                       plan.dprefix_k);
   }
   if (dv_wanted) {
-    store_key_gradient(plan, group, prefix, block, buffers.dv, p.dv, p.dprefix_v, plan.dprefix_v);
+    store_key_gradient(plan, group, prefix, block, buffers.dv, T{1}, p.dv, p.dprefix_v, plan.dprefix_v);
   }
 }
 
 // dQ = scale * dS K
 template <class T>
-void store_dq(const BackwardPlan<T>& plan, const HeadGroup& group, Range rows, T* dq) {
-  for (int64_t row = rows.begin; row < rows.end; ++row, dq += plan.d_padded) {
-    scale_row(plan.d, dq, static_cast<T>(plan.p.rule.scale));
-    store_row(plan.p.shape.dtype, dq, plan.d, plan.p.dq.data, group.offset(plan.p.dq.stride, row));
-  }
+void store_dq(const BackwardPlan<T>& plan, const HeadGroup& group, Range rows, const T* dq) {
+  const T scale = static_cast<T>(plan.p.rule.scale);
+  store_rows(
+      plan.p.shape, rows, dq, [scale](int64_t) { return scale; }, plan.p.dq.data,
+      [&](int64_t row) { return group.offset(plan.p.dq.stride, row); });
 }
 
 template <class E, class T = SumOf<E>>
@@ -439,7 +449,7 @@ template <class E, class T = SumOf<E>>
 void backward_as(const AttentionBackward& p) {
   Scratch scratch;
   const BackwardPlan<T> plan(p, scratch);
-  parallel_for(plan.groups * plan.tiles.count, [&](int64_t task) {
+  parallel_for(plan.all_whole ? 0 : plan.groups * plan.tiles.count, [&](int64_t task) {
     const HeadGroup group(p.shape, p.rule, task / plan.tiles.count);
     row_statistics<E>(plan, group, plan.tiles[task % plan.tiles.count]);
   });

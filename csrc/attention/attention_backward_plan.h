@@ -53,7 +53,8 @@ struct BackwardPlan {
   bool sum_batch = false, sum_heads = false;
   int64_t owners;
   Pieces chunks;
-  bool few_rows;  // as in the forward kernel: nothing is packed
+  bool few_rows;   // as in the forward kernel: nothing is packed
+  bool all_whole;  // one block is all there is: its tiles know all of a row, and need no statistics
   // The rows' statistics from their scores and dP rather than from lse and out (two products more).
   bool exact_statistics;
   RowStatistics<T>* statistics;  // (groups, rows)
@@ -80,11 +81,12 @@ struct BackwardPlan {
     if (sum_heads) owners = sum_batch ? minimum<int64_t>(owners, 1) : p.shape.batch;
     cut_chunks(scratch);
     few_rows = rows <= kFewRows;
+    all_whole = blocks() == 1;
     // Few rows: cheap, and one row weighs much. A bias that is the same for all keys: the sum of dS over them
     // all is a difference of equals.
     exact_statistics = few_rows || (p.dbias != nullptr && p.bias_size[3] == 1) ||
                        (p.shape.prefix > 0 && p.shape.prefix + p.shape.keys <= kFewKeys);
-    statistics = scratch.take<RowStatistics<T>>(groups * rows);
+    statistics = scratch.take<RowStatistics<T>>(all_whole ? 0 : groups * rows);
     if (p.dbias != nullptr) place_bias_sums(matrix, scratch);
     if (p.shape.prefix > 0 && p.prefix_batch == 1) {
       const int64_t size = groups * p.shape.prefix * d;

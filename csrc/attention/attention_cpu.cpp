@@ -40,18 +40,17 @@ int64_t block_keys(int64_t head_dim) {
   return maximum<int64_t>(64, minimum(kBlockKeys, fitting / 64 * 64));
 }
 
-// out and lse of one row from the sum of exp(score - highest) * v, which is scaled in place.
+// out and lse of some rows from their sums of exp(score - highest) * v.
 template <class T>
-void store_result(const AttentionForward& p, const HeadGroup& group, int64_t row, const RunningSoftmax<T>& softmax,
-                  T* sum) {
-  const int64_t d = p.shape.head_dim;
-  if (softmax.total == 0) {
-    fill(sum, 0, d, T{0});
-  } else {
-    scale_row(d, sum, softmax.inverse_total());
+void store_results(const AttentionForward& p, const HeadGroup& group, Range rows, const RunningSoftmax<T>* softmax,
+                   const T* sums) {
+  const auto state = [&](int64_t row) -> const RunningSoftmax<T>& { return softmax[row - rows.begin]; };
+  store_rows(
+      p.shape, rows, sums, [&](int64_t row) { return state(row).inverse_total(); }, p.out.data,
+      [&](int64_t row) { return group.offset(p.out.stride, row); });
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    static_cast<T*>(p.lse)[group.index(row)] = state(row).log_sum_exp();
   }
-  store_row(p.shape.dtype, sum, d, p.out.data, group.offset(p.out.stride, row));
-  static_cast<T*>(p.lse)[group.index(row)] = softmax.log_sum_exp();
 }
 
 // One row of a tile: scores of the keys `seen`, but for `scale`, are finished, exponentiated and dropped out; 0 for the
@@ -169,9 +168,7 @@ void forward_rows(const AttentionForward& p, const HeadGroup& group, Range rows)
       }
     }
   }
-  for (int64_t i = 0; i < rows.size(); ++i) {
-    store_result(p, group, rows.begin + i, buffers.softmax[i], buffers.out + i * d_padded);
-  }
+  store_results(p, group, rows, buffers.softmax, buffers.out);
 }
 
 template <class E>
@@ -238,7 +235,7 @@ void merge_row(const AttentionForward& p, const HeadGroup& group, int64_t row, i
       store(sum + j, load(sum + j) * old_factor + load(part_sum + j) * factor);
     }
   }
-  store_result(p, group, row, whole, sum);
+  store_results(p, group, {row, row + 1}, &whole, sum);
 }
 
 template <class T>

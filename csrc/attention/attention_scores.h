@@ -243,6 +243,25 @@ struct RunningSoftmax {
   T inverse_total() const { return total == 0 ? T{0} : T{1} / total; }
 };
 
+// ---- results ----
+
+// Rows of sums (padded D apart), times factor(row), to where at(row) says, in elements of a tensor of the shape's dtype.
+// A factor of 0 makes zeros, whatever the sums hold: a row that sees nothing has none.
+template <class T, class Factor, class At>
+inline void store_rows(const AttentionShape& shape, Range rows, const T* sums, const Factor& factor, void* to,
+                       const At& at) {
+  const int64_t d = shape.head_dim, d_padded = padded<T>(d);
+  visit_storage(shape.dtype, [&](auto storage) {
+    for (int64_t row = rows.begin; row < rows.end; ++row, sums += d_padded) {
+      auto* out = static_cast<decltype(storage)*>(to) + at(row);
+      const T scale = factor(row);
+      for_columns<T>(d, [&](auto columns, int) LWFT_INLINE {
+        store_at<T>(out, columns, scale == T{0} ? Vec<T>{} : load_at<T>(sums, columns) * scale);
+      });
+    }
+  });
+}
+
 // ---- rows of q and of grad_out as left-hand sides ----
 
 // Row stride of D columns as a left-hand side.
@@ -256,16 +275,19 @@ constexpr int64_t operand_stride(int64_t d) {
 template <class E>
 inline void load_operand(const HeadGroup& group, const Strided& tensor, Range rows, SumOf<E> factor, E* to) {
   const int64_t d = group.shape.head_dim, width = operand_stride<E>(d);
-  for (int64_t row = rows.begin; row < rows.end; ++row, to += width) {
-    const int64_t offset = group.offset(tensor.stride, row);
-    if constexpr (kIsPair<E>) {
-      to[width - 1].second = 0;
-      __builtin_memcpy(to, element(DType::bf16, tensor.data, offset), static_cast<size_t>(d) * sizeof(uint16_t));
-    } else {
-      load_row(group.shape.dtype, tensor.data, offset, d, to);
-      fill(to, d, width, E{0});
-      if (factor != E{1}) scale_row(d, to, factor);
+  if constexpr (kIsPair<E>) {
+    for (int64_t row = rows.begin; row < rows.end; ++row, to += width) {
+      const auto* from = static_cast<const BFloat16*>(tensor.data) + group.offset(tensor.stride, row);
+      __builtin_memcpy(elements(to, d), from, static_cast<size_t>(d) * sizeof(BFloat16));
     }
+  } else {
+    visit_storage(group.shape.dtype, [&](auto storage) {
+      for (int64_t row = rows.begin; row < rows.end; ++row, to += width) {
+        const auto* from = static_cast<const decltype(storage)*>(tensor.data) + group.offset(tensor.stride, row);
+        for_columns<E>(d, [&](auto at, int) LWFT_INLINE { store_at<E>(to, at, load_at<E>(from, at) * factor); });
+        fill(to, d, width, E{0});
+      }
+    });
   }
 }
 

@@ -4,7 +4,7 @@
 // an instruction for them and activations and parameters are bfloat16. Everything between the products is in
 // T = SumOf<E>. Here is what E changes: how rows become a left-hand side, and matrices packed panels.
 #pragma once
-#include "common/cpu/convert.h"
+#include "common/cpu/row.h"
 #include "common/cpu/tile.h"
 
 namespace lwft::LWFT_ISA {
@@ -38,12 +38,11 @@ inline Element<E>* elements(E* row, int64_t n) {
 // A row of n numbers, rounded to E if need be; an odd last pair is filled with zero.
 template <class E>
 inline void store_operand(const SumOf<E>* row, int64_t n, E* to) {
-  if constexpr (kIsPair<E>) {
-    to[pairs(n) - 1].second = 0;
-    store_row(DType::bf16, row, n, to, 0);
-  } else if (row != to) {
-    store_row(dtype_of<E>(), row, n, to, 0);
+  if constexpr (!kIsPair<E>) {
+    if (row == to) return;
   }
+  Element<E>* const out = elements(to, n);
+  for_columns<SumOf<E>>(n, [&](auto at, int) LWFT_INLINE { store_at<SumOf<E>>(out, at, load_at<SumOf<E>>(row, at)); });
 }
 
 template <class E>
