@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "native", "reference")
 
@@ -119,6 +122,29 @@ def use_native(op: str, device: torch.device, declined: str | None = None) -> bo
         raise RuntimeError(f"{op}: backend 'native' was asked for, but {reason}")
     record_decline(op, reason)
     return False
+
+
+def attempt(op: str, function: Callable[..., Any], x: object, *args: Any) -> Any:
+    """The result of `function(x, *args)`, the compiled kernel of `op` with no look at its arguments, or None.
+
+    Looking at every argument costs more than a small call. So an eager call on the CPU is tried first: the op refuses
+    what does not go together before it computes anything, and the caller, given None, looks for what it is.
+    """
+    if (
+        _backend == "reference"
+        or library_error is not None
+        or not isinstance(x, Tensor)
+        or not x.is_cpu
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    try:
+        result = function(x, *args)
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+    _fast[op] += 1
+    return result
 
 
 def record_fast(op: str) -> None:

@@ -91,7 +91,14 @@ def register(
         return unavailable
 
     forward_op = getattr(torch.ops.lwft, f"{op}_forward").default
-    torch.library.register_fake(f"lwft::{op}_forward", forward_fake)
+
+    def shapes(*args: Any) -> Any:
+        # an argument on the meta device among real ones brings the call here, past the kernel that would refuse it
+        if len({a.device for a in args if isinstance(a, Tensor)}) > 1:
+            raise RuntimeError(f"lwft::{op}_forward: the arguments lie on different devices")
+        return forward_fake(*args)
+
+    torch.library.register_fake(f"lwft::{op}_forward", shapes)
     torch.library.register_fake(f"lwft::{op}_backward", backward_fake)
 
     def results(output: tuple[Tensor, ...]) -> Any:

@@ -9,22 +9,41 @@
 namespace lwft {
 namespace {
 
+void check(const Tensor& x, const Tensor& down_weight, const MaybeTensor& down_bias, const Tensor& up_weight,
+           const MaybeTensor& up_bias, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
+           const MaybeTensor& residual, int64_t activation, double eps, double scale) {
+  require_one_device(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, residual);
+  require(x.dim() >= 1 && last_size(x) > 0 && down_weight.dim() == 2 && down_weight.size(0) > 0);
+  const int64_t d = last_size(x), m = down_weight.size(0);
+  const DType dtype = dtype_of(x), param_dtype = dtype_of(down_weight);
+  require(is_matrix(down_weight, m, d) && is_matrix(up_weight, d, m) && dtype_of(up_weight) == param_dtype &&
+          parameter_fits(param_dtype, dtype));
+  const auto fits = [&](const MaybeTensor& row, int64_t n) {
+    return !row || (is_vector(*row, n) && dtype_of(*row) == param_dtype);
+  };
+  require(fits(down_bias, m) && fits(up_bias, d) && fits(norm_weight, d) && fits(norm_bias, d));
+  require(norm_weight || !norm_bias);
+  require(!residual || (same_shape(*residual, x) && dtype_of(*residual) == dtype));
+  require(activation >= 0 && activation < kActivations && eps > 0 && std::isfinite(eps) && std::isfinite(scale));
+}
+
 struct ForwardResult {
   Tensor out, hidden, mean, rstd;
 };
 
 // Everything of AdapterForward but the dropout, whose seed may lie on the device, and the results it points to.
-ForwardResult fill_forward(AdapterForward& p, const Tensor& x, const Tensor& down_weight, const MaybeTensor& down_bias,
-                           const Tensor& up_weight, const MaybeTensor& up_bias, const MaybeTensor& norm_weight,
-                           const MaybeTensor& norm_bias, const MaybeTensor& residual, int64_t activation, double eps,
-                           double scale, bool residual_is_x) {
-  p.tokens = x.size(0);
-  p.model_dim = x.size(1);
+ForwardResult fill_forward(AdapterForward& p, const Tensor& x_in, const Rows& x, const Tensor& down_weight,
+                           const MaybeTensor& down_bias, const Tensor& up_weight, const MaybeTensor& up_bias,
+                           const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
+                           const std::optional<Rows>& residual, int64_t activation, double eps, double scale,
+                           bool residual_is_x) {
+  p.tokens = x.count();
+  p.model_dim = x.width();
   p.bottleneck = down_weight.size(0);
-  p.dtype = dtype_of(x);
+  p.dtype = x.dtype();
   p.param_dtype = dtype_of(down_weight);
-  p.x = data(x);
-  p.x_row_stride = x.stride(0);
+  p.x = x.data();
+  p.x_row_stride = x.stride();
   p.norm_weight = data(norm_weight);
   p.norm_bias = data(norm_bias);
   p.eps = eps;
@@ -34,12 +53,13 @@ ForwardResult fill_forward(AdapterForward& p, const Tensor& x, const Tensor& dow
   p.up_weight = data(up_weight);
   p.up_bias = data(up_bias);
   p.scale = scale;
-  p.residual = residual_is_x ? p.x : data(residual);
-  p.residual_row_stride = residual_is_x ? p.x_row_stride : residual ? residual->stride(0) : 0;
+  p.residual = residual_is_x ? p.x : residual ? residual->data() : nullptr;
+  p.residual_row_stride = residual_is_x ? p.x_row_stride : residual ? residual->stride() : 0;
 
-  const int64_t normed = norm_weight ? p.tokens : 0;
-  ForwardResult result{empty(x, {p.tokens, p.model_dim}, p.dtype), empty(x, {p.tokens, p.bottleneck}, p.param_dtype),
-                       empty(x, {normed}, accumulate_dtype(p.dtype)), empty(x, {normed}, accumulate_dtype(p.dtype))};
+  const DType statistics = accumulate_dtype(p.dtype);
+  const std::vector<int64_t> normed = norm_weight ? leading_shape(x_in) : std::vector<int64_t>{0};
+  ForwardResult result{empty(x_in, shape_of(x_in), p.dtype), empty(x_in, shape_of(x_in, p.bottleneck), p.param_dtype),
+                       empty(x_in, normed, statistics), empty(x_in, normed, statistics)};
   p.out = result.out.mutable_data_ptr();
   p.hidden = result.hidden.mutable_data_ptr();
   p.mean = norm_weight ? result.mean.mutable_data_ptr() : nullptr;
@@ -75,15 +95,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_forward(
     const MaybeTensor& up_bias_in, const MaybeTensor& norm_weight_in, const MaybeTensor& norm_bias_in,
     const MaybeTensor& residual_in, const MaybeTensor& seed, int64_t activation, double eps, double scale,
     double dropout_p, bool residual_is_x) {
-  const Tensor x = with_unit_rows(x_in);
+  check(x_in, down_weight_in, down_bias_in, up_weight_in, up_bias_in, norm_weight_in, norm_bias_in, residual_in,
+        activation, eps, scale);
+  const Rows x(x_in);
   const Tensor down_weight = as_contiguous(down_weight_in), up_weight = as_contiguous(up_weight_in);
   const MaybeTensor down_bias = as_contiguous(down_bias_in), up_bias = as_contiguous(up_bias_in);
   const MaybeTensor norm_weight = as_contiguous(norm_weight_in), norm_bias = as_contiguous(norm_bias_in);
-  const MaybeTensor residual = with_unit_rows(residual_in);
+  const std::optional<Rows> residual = residual_in ? std::optional<Rows>(*residual_in) : std::nullopt;
   AdapterForward p{};
-  ForwardResult result = fill_forward(p, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
+  ForwardResult result = fill_forward(p, x_in, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
                                       residual, activation, eps, scale, residual_is_x);
-  run(p, x, seed, dropout_p);
+  run(p, x_in, seed, dropout_p);
   return {result.out, result.hidden, result.mean, result.rstd};
 }
 
@@ -92,21 +114,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backw
     const MaybeTensor& norm_weight_in, const MaybeTensor& norm_bias_in, const Tensor& hidden_in, const Tensor& mean,
     const Tensor& rstd, const MaybeTensor& seed, int64_t activation, double scale, double dropout_p, bool residual_is_x,
     int64_t needs) {
-  const Tensor grad_out = with_unit_rows(grad_in), x = with_unit_rows(x_in);
+  const Rows grad_out(grad_in), x(x_in);
   const Tensor down_weight = as_contiguous(down_weight_in), up_weight = as_contiguous(up_weight_in);
   const MaybeTensor norm_weight = as_contiguous(norm_weight_in), norm_bias = as_contiguous(norm_bias_in);
   const Tensor hidden = as_contiguous(hidden_in);
   const Wanted wanted(needs);
   AdapterBackward p{};
-  p.tokens = x.size(0);
-  p.model_dim = x.size(1);
+  p.tokens = x.count();
+  p.model_dim = x.width();
   p.bottleneck = down_weight.size(0);
-  p.dtype = dtype_of(x);
+  p.dtype = x.dtype();
   p.param_dtype = dtype_of(down_weight);
-  p.grad_out = data(grad_out);
-  p.grad_out_row_stride = grad_out.stride(0);
-  p.x = data(x);
-  p.x_row_stride = x.stride(0);
+  p.grad_out = grad_out.data();
+  p.grad_out_row_stride = grad_out.stride();
+  p.x = x.data();
+  p.x_row_stride = x.stride();
   p.norm_weight = data(norm_weight);
   p.norm_bias = data(norm_bias);
   p.mean = data(mean);
@@ -119,13 +141,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backw
   p.dropout = dropout_of(seed, dropout_p);
   p.residual_is_x = residual_is_x;
   const int64_t d = p.model_dim, m = p.bottleneck;
-  Tensor dx = wanted.empty(0, x, {p.tokens, d}, p.dtype);
-  Tensor ddown_weight = wanted.empty(1, x, {m, d}, p.param_dtype);
-  Tensor ddown_bias = wanted.empty(2, x, {m}, p.param_dtype);
-  Tensor dup_weight = wanted.empty(3, x, {d, m}, p.param_dtype);
-  Tensor dup_bias = wanted.empty(4, x, {d}, p.param_dtype);
-  Tensor dnorm_weight = wanted.empty(5, x, {d}, p.param_dtype);
-  Tensor dnorm_bias = wanted.empty(6, x, {d}, p.param_dtype);
+  Tensor dx = wanted.empty(0, x_in, shape_of(x_in), p.dtype);
+  Tensor ddown_weight = wanted.empty(1, x_in, {m, d}, p.param_dtype);
+  Tensor ddown_bias = wanted.empty(2, x_in, {m}, p.param_dtype);
+  Tensor dup_weight = wanted.empty(3, x_in, {d, m}, p.param_dtype);
+  Tensor dup_bias = wanted.empty(4, x_in, {d}, p.param_dtype);
+  Tensor dnorm_weight = wanted.empty(5, x_in, {d}, p.param_dtype);
+  Tensor dnorm_bias = wanted.empty(6, x_in, {d}, p.param_dtype);
   p.dx = wanted.data(0, dx);
   p.ddown_weight = wanted.data(1, ddown_weight);
   p.ddown_bias = wanted.data(2, ddown_bias);

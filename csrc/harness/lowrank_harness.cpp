@@ -67,9 +67,27 @@ py::tuple backward(const std::string& level, const py::array& grad_out, const py
   return py::make_tuple(dx, da, db, dbias);
 }
 
+// out += a b, b given as it lies or as its transpose.
+void base_product(const std::string& level, const py::array& a, const py::array& b, bool transpose, py::array out) {
+  BaseProduct p{};
+  p.rows = a.shape(0);
+  p.depth = a.shape(1);
+  p.columns = out.shape(1);
+  p.dtype = dtype_of(a);
+  p.a = a.data();
+  p.a_row_stride = stride(a, 0);
+  p.b = b.data();
+  p.b_row_stride = transpose ? 1 : stride(b, 0);
+  p.b_col_stride = transpose ? stride(b, 0) : 1;
+  p.out = out.mutable_data();
+  p.out_row_stride = stride(out, 0);
+  kernels(level).lowrank->base_product(p);
+}
+
 void bind(py::module_& m) {
   m.def("low_rank_forward", &forward);
   m.def("low_rank_backward", &backward);
+  m.def("base_product", &base_product);
 }
 const Part part(bind);
 

@@ -4,6 +4,7 @@
 #pragma once
 #include "common/dropout.h"
 #include "common/dtype.h"
+#include "lowrank/base_product.h"
 
 namespace lwft {
 
@@ -51,6 +52,7 @@ struct LowRankBackward {
 struct LowRankKernels {
   void (*forward)(const LowRankForward&);
   void (*backward)(const LowRankBackward&);
+  void (*base_product)(const BaseProduct&);
 };
 
 }  // namespace lwft

@@ -834,6 +834,6 @@ void backward(const LowRankBackward& p) { run_by_dtype<Backward>(p); }
 }  // namespace
 
 extern const LowRankKernels lowrank_kernels;
-const LowRankKernels lowrank_kernels = {forward, backward};
+const LowRankKernels lowrank_kernels = {forward, backward, base_product};
 
 }  // namespace lwft::LWFT_ISA

@@ -1,6 +1,10 @@
-// lwft::low_rank_linear_*, lora_linear_* and lora_delta_*: tensors to LowRankForward / LowRankBackward, and
-// the product with the frozen weight, which is the vendor's.
+// lwft::low_rank_linear_*, lora_linear_* and lora_delta_*: tensors to LowRankForward / LowRankBackward, and the product
+// with the frozen weight, which is the vendor's where the vendor has one.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <chrono>
+#include <cstring>
+#include <mutex>
 
 #include "common/cpu/dispatch.h"
 #include "common/op.h"
@@ -28,6 +32,17 @@ struct Factors {
   }
 };
 
+// x (..., d_in) and the factors alone or, where they are chosen by index, stacked.
+void check(const Tensor& x, const Tensor& a, const Tensor& b, bool stacked, double scale) {
+  const int64_t dims = stacked ? 3 : 2, last = dims - 1;
+  require_one_device(x, a, b);
+  require(x.dim() >= 1 && a.dim() == dims && b.dim() == dims && std::isfinite(scale));
+  require(a.size(last) == last_size(x) && a.size(last) > 0 && a.size(last - 1) > 0 &&
+          b.size(last) == a.size(last - 1) && b.size(last - 1) > 0 &&
+          (!stacked || (a.size(0) == b.size(0) && a.size(0) > 0)));
+  require(dtype_of(a) == dtype_of(b));
+}
+
 // A wrong index would read past the stacked adapters. The kernel walks the indices anyway, so this costs
 // nothing.
 template <class Parameters>
@@ -41,17 +56,17 @@ void set_adapter_index(Parameters& p, const MaybeTensor& adapter_index) {
 }
 
 template <class Parameters>
-void set_input(Parameters& p, const Tensor& x, double scale, const MaybeTensor& seed, double dropout_p) {
-  p.tokens = x.size(0);
-  p.x_dtype = dtype_of(x);
-  p.x = data(x);
-  p.x_row_stride = x.stride(0);
+void set_input(Parameters& p, const Rows& x, double scale, const MaybeTensor& seed, double dropout_p) {
+  p.tokens = x.count();
+  p.x_dtype = x.dtype();
+  p.x = x.data();
+  p.x_row_stride = x.stride();
   p.scale = scale;
   p.dropout = dropout_of(seed, dropout_p);
 }
 
 // out = bias + the product, or out += the product; returns the hidden middle.
-Tensor forward_into(const Tensor& out, bool accumulate, const Tensor& x, const MaybeTensor& bias_in,
+Tensor forward_into(const Tensor& out, bool accumulate, const Rows& x, const MaybeTensor& bias_in,
                     const Factors& factors, const MaybeTensor& index_in, const MaybeTensor& seed, double scale,
                     double dropout_p) {
   const MaybeTensor bias = as_contiguous(bias_in), index = as_contiguous(index_in);
@@ -64,8 +79,8 @@ Tensor forward_into(const Tensor& out, bool accumulate, const Tensor& x, const M
   p.accumulate = accumulate;
   p.out = out.mutable_data_ptr();
   p.out_dtype = dtype_of(out);
-  p.out_row_stride = out.stride(0);
-  Tensor hidden = empty(x, {p.tokens, p.rank}, accumulate_dtype(p.param_dtype));
+  p.out_row_stride = Rows(out).stride();
+  Tensor hidden = empty(x.tensor(), shape_of(x.tensor(), p.rank), accumulate_dtype(p.param_dtype));
   p.hidden = hidden.mutable_data_ptr();
   cpu_kernels().lowrank->forward(p);
   return hidden;
@@ -77,7 +92,7 @@ struct Gradients {
   DType bias_dtype;
 };
 
-void backward_into(const Gradients& gradients, const Tensor& grad_out, const Tensor& x, const Factors& factors,
+void backward_into(const Gradients& gradients, const Rows& grad_out, const Rows& x, const Factors& factors,
                    const Tensor& hidden_in, const MaybeTensor& index_in, const MaybeTensor& seed, double scale,
                    double dropout_p) {
   const Tensor hidden = as_contiguous(hidden_in);
@@ -86,9 +101,9 @@ void backward_into(const Gradients& gradients, const Tensor& grad_out, const Ten
   factors.fill(p);
   set_input(p, x, scale, seed, dropout_p);
   set_adapter_index(p, index);
-  p.grad_out = data(grad_out);
-  p.out_dtype = dtype_of(grad_out);
-  p.grad_out_row_stride = grad_out.stride(0);
+  p.grad_out = grad_out.data();
+  p.out_dtype = grad_out.dtype();
+  p.grad_out_row_stride = grad_out.stride();
   p.hidden = data(hidden);
   p.dx = gradients.dx;
   p.da = gradients.da;
@@ -98,40 +113,95 @@ void backward_into(const Gradients& gradients, const Tensor& grad_out, const Ten
   cpu_kernels().lowrank->backward(p);
 }
 
-// An uninitialised gradient of a factor, like it; empty if it is not wanted.
-Tensor empty_like(const Wanted& wanted, int bit, const Tensor& factor) {
-  const DType dtype = dtype_of(factor);
-  if (factor.dim() == 2) return wanted.empty(bit, factor, {factor.size(0), factor.size(1)}, dtype);
-  return wanted.empty(bit, factor, {factor.size(0), factor.size(1), factor.size(2)}, dtype);
+// An uninitialised gradient like what it is the gradient of; empty if it is not wanted.
+Tensor empty_like(const Wanted& wanted, int bit, const Tensor& tensor) {
+  return wanted.empty(bit, tensor, shape_of(tensor), dtype_of(tensor));
 }
 
-// ---- the vendor's matrix product; below autograd, by the C shim, which takes no torch::Scalar ----
+// ---- the product with the frozen weight ----
+
+// The vendor's, below autograd, by the C shim, which takes no torch::Scalar: result += a b, or result = a b.
+void vendor_add_product(const Tensor& result, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), a.get(), b.get(), 1.0, 1.0));
+}
+void product_into(const Tensor& result, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), a.get(), b.get()));
+}
 
 Tensor transposed(const Tensor& matrix) {
-  const int64_t sizes[] = {matrix.size(1), matrix.size(0)}, strides[] = {matrix.stride(1), matrix.stride(0)};
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes, strides, matrix.storage_offset(), &handle));
-  return Tensor(handle);
+  return matrix_view(matrix, matrix.size(1), matrix.size(0), matrix.stride(1), matrix.stride(0));
+}
+
+// Ours: result (m, n), a (m, k) with unit stride along their rows, b (k, n) with a unit stride.
+void own_add_product(const Tensor& result, const Tensor& a, const Tensor& b) {
+  BaseProduct p{};
+  p.rows = a.size(0);
+  p.depth = a.size(1);
+  p.columns = b.size(1);
+  p.dtype = dtype_of(a);
+  p.a = data(a);
+  p.a_row_stride = a.stride(0);
+  p.b = data(b);
+  p.b_row_stride = b.stride(0);
+  p.b_col_stride = b.stride(1);
+  p.out = result.mutable_data_ptr();
+  p.out_row_stride = result.stride(0);
+  cpu_kernels().lowrank->base_product(p);
+}
+
+// Whether the vendor multiplies 16-bit matrices by a plain loop: so PyTorch does where the processor has no instruction
+// for it, at a hundredth of the speed of float32. Neither PyTorch nor the processor tells, so it is measured, once per
+// kind and process: two to three milliseconds where it is slow. Between a loop and a kernel there is no doubt.
+bool vendor_is_slow(const Tensor& like, bool b_is_transpose) {
+  constexpr int64_t kSize = 128;
+  constexpr int kTimes = 3;
+  const DType dtype = dtype_of(like);
+  const Tensor a = empty(like, {kSize, kSize}, dtype), b = empty(like, {kSize, kSize}, dtype);
+  Tensor result = empty(like, {kSize, kSize}, dtype);
+  for (const Tensor& tensor : {a, b, result}) {
+    std::memset(tensor.mutable_data_ptr(), 0, kSize * kSize * element_size(dtype));
+  }
+  const Tensor right = b_is_transpose ? transposed(b) : b;
+  const auto best = [&](void (*product)(const Tensor&, const Tensor&, const Tensor&)) {
+    auto least = std::chrono::steady_clock::duration::max();
+    for (int i = 0; i < kTimes; ++i) {
+      const auto start = std::chrono::steady_clock::now();
+      product(result, a, right);
+      const auto time = std::chrono::steady_clock::now() - start;
+      least = time < least ? time : least;
+    }
+    return least;
+  };
+  return best(vendor_add_product) > 3 * best(own_add_product);
+}
+
+bool takes_own(const Tensor& a, const Tensor& b) {
+  const DType dtype = dtype_of(a);
+  if ((dtype != DType::bf16 && dtype != DType::f16) || (b.stride(0) != 1 && b.stride(1) != 1)) return false;
+  const bool b_is_transpose = b.stride(0) == 1;
+  static std::once_flag measured[4];
+  static bool slow[4];
+  const int kind = (dtype == DType::bf16 ? 0 : 2) + (b_is_transpose ? 1 : 0);
+  std::call_once(measured[kind], [&] { slow[kind] = vendor_is_slow(a, b_is_transpose); });
+  return slow[kind];
 }
 
 // result += a b
 void add_product(const Tensor& result, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), a.get(), b.get(), 1.0, 1.0));
-}
-
-// result = a b
-void product_into(const Tensor& result, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), a.get(), b.get()));
+  takes_own(a, b) ? own_add_product(result, a, b) : vendor_add_product(result, a, b);
 }
 
 // ---- low_rank_linear ----
 
 std::tuple<Tensor, Tensor> low_rank_linear_forward(const Tensor& x_in, const Tensor& down_weight,
                                                    const Tensor& up_weight, const MaybeTensor& bias) {
-  const Tensor x = with_unit_rows(x_in);
+  check(x_in, down_weight, up_weight, false, 1.0);
+  require_one_device(x_in, bias);
+  require(parameter_fits(dtype_of(down_weight), dtype_of(x_in)));
+  require(!bias || (is_vector(*bias, up_weight.size(0)) && dtype_of(*bias) == dtype_of(up_weight)));
+  const Rows x(x_in);
   const Factors factors(down_weight, up_weight);
-  Tensor out = empty(x, {x.size(0), up_weight.size(0)}, dtype_of(x));
+  Tensor out = empty(x_in, shape_of(x_in, up_weight.size(0)), x.dtype());
   Tensor hidden = forward_into(out, false, x, bias, factors, {}, {}, 1.0, 0.0);
   return {out, hidden};
 }
@@ -139,30 +209,38 @@ std::tuple<Tensor, Tensor> low_rank_linear_forward(const Tensor& x_in, const Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(const Tensor& grad_in, const Tensor& x_in,
                                                                     const Tensor& down_weight, const Tensor& up_weight,
                                                                     const Tensor& hidden, int64_t needs) {
-  const Tensor grad_out = with_unit_rows(grad_in), x = with_unit_rows(x_in);
+  const Rows grad_out(grad_in), x(x_in);
   const Factors factors(down_weight, up_weight);
   const Wanted wanted(needs);
   const DType param_dtype = dtype_of(up_weight);
-  Tensor dx = wanted.empty(0, x, {x.size(0), x.size(1)}, dtype_of(x));
+  Tensor dx = empty_like(wanted, 0, x_in);
   Tensor ddown = empty_like(wanted, 1, down_weight), dup = empty_like(wanted, 2, up_weight);
-  Tensor dbias = wanted.empty(3, x, {up_weight.size(0)}, param_dtype);
+  Tensor dbias = wanted.empty(3, x_in, {up_weight.size(0)}, param_dtype);
   const Gradients gradients{wanted.data(0, dx), wanted.data(1, ddown), wanted.data(2, dup), wanted.data(3, dbias),
                             param_dtype};
   backward_into(gradients, grad_out, x, factors, hidden, {}, {}, 1.0, 0.0);
   return {dx, ddown, dup, dbias};
 }
 
-// ---- lora_linear: the low-rank part and the bias first, then the vendor adds x W^T in place ----
+// ---- lora_linear: the low-rank part and the bias first, then x W^T is added in place ----
 
 std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Tensor& weight, const MaybeTensor& bias,
                                                const Tensor& lora_a, const Tensor& lora_b,
                                                const MaybeTensor& adapter_index, const MaybeTensor& seed, double scale,
                                                double dropout_p) {
-  const Tensor x = with_unit_rows(x_in);
+  check(x_in, lora_a, lora_b, adapter_index.has_value(), scale);
+  const DType dtype = dtype_of(x_in);
+  const int64_t d_out = lora_b.size(lora_b.dim() - 2);
+  require_one_device(x_in, weight, bias, adapter_index);
+  require(parameter_fits(dtype_of(lora_a), dtype) && is_matrix(weight, d_out, last_size(x_in)) &&
+          dtype_of(weight) == dtype);
+  require(!bias || (is_vector(*bias, d_out) && dtype_of(*bias) == dtype));
+  const Rows x(x_in);
+  require(!adapter_index || is_vector(*adapter_index, x.count()));
   const Factors factors(lora_a, lora_b);
-  Tensor out = empty(x, {x.size(0), weight.size(0)}, dtype_of(x));
+  Tensor out = empty(x_in, shape_of(x_in, d_out), dtype);
   Tensor hidden = forward_into(out, false, x, bias, factors, adapter_index, seed, scale, dropout_p);
-  if (x.size(0) > 0) add_product(out, x, transposed(weight));
+  if (x.count() > 0) add_product(Rows(out).matrix(), x.matrix(), transposed(weight));
   return {out, hidden};
 }
 
@@ -172,38 +250,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(const Te
                                                                         const MaybeTensor& adapter_index,
                                                                         const MaybeTensor& seed, double scale,
                                                                         double dropout_p, int64_t needs) {
-  const Tensor grad_out = with_unit_rows(grad_in), x = with_unit_rows(x_in);
+  const Rows grad_out(grad_in), x(x_in);
   const Factors factors(lora_a, lora_b);
   const Wanted wanted(needs);
-  const DType dtype = dtype_of(x);
-  Tensor dx = wanted.empty(0, x, {x.size(0), x.size(1)}, dtype);
-  Tensor dweight = wanted.empty(1, x, {weight.size(0), weight.size(1)}, dtype);
-  Tensor dbias = wanted.empty(2, x, {weight.size(0)}, dtype);
+  const DType dtype = x.dtype();
+  Tensor dx = empty_like(wanted, 0, x_in), dweight = empty_like(wanted, 1, weight);
+  Tensor dbias = wanted.empty(2, x_in, {weight.size(0)}, dtype);
   Tensor da = empty_like(wanted, 3, lora_a), db = empty_like(wanted, 4, lora_b);
   const Gradients gradients{wanted.data(0, dx), wanted.data(3, da), wanted.data(4, db), wanted.data(2, dbias), dtype};
   backward_into(gradients, grad_out, x, factors, hidden, adapter_index, seed, scale, dropout_p);
-  if (wanted[0] && x.size(0) > 0) add_product(dx, grad_out, weight);
-  if (wanted[1]) product_into(dweight, transposed(grad_out), x);
+  if (wanted[0] && x.count() > 0) add_product(Rows(dx).matrix(), grad_out.matrix(), weight);
+  if (wanted[1]) product_into(dweight, grad_out.transposed(), x.matrix());
   return {dx, dweight, dbias, da, db};
 }
 
 // ---- lora_delta ----
 
 // Conservative: rows that interleave without touching count as shared.
-bool share_memory(const Tensor& x, const Tensor& y) {
-  const auto first = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
-  const auto last = [&](const Tensor& t) {
-    return first(t) + ((t.size(0) - 1) * t.stride(0) + t.size(1)) * static_cast<int64_t>(element_size(dtype_of(t)));
+bool share_memory(const Rows& x, const Rows& y) {
+  const auto first = [](const Rows& rows) { return static_cast<const char*>(rows.data()); };
+  const auto last = [&](const Rows& rows) {
+    const int64_t elements = (rows.count() - 1) * rows.stride() + rows.width();
+    return first(rows) + elements * static_cast<int64_t>(element_size(rows.dtype()));
   };
   return first(x) < last(y) && first(y) < last(x);
 }
 
 Tensor lora_delta_forward_(const Tensor& base_out, const Tensor& x_in, const Tensor& lora_a, const Tensor& lora_b,
                            const MaybeTensor& adapter_index, const MaybeTensor& seed, double scale, double dropout_p) {
-  STD_TORCH_CHECK(base_out.size(1) == 1 || base_out.stride(1) == 1,
-                  "lwft::lora_delta_forward_: base_out must have unit stride along its rows");
-  Tensor x = with_unit_rows(x_in);
-  if (x.size(0) > 0 && share_memory(x, base_out)) x = torch::stable::clone(x);
+  check(x_in, lora_a, lora_b, adapter_index.has_value(), scale);
+  require_one_device(x_in, base_out, adapter_index);
+  require(base_out.dim() >= 1 && last_size(base_out) == lora_b.size(lora_b.dim() - 2));
+  const Rows out(base_out);
+  STD_TORCH_CHECK(out.data() == base_out.const_data_ptr(),
+                  "lwft::lora_delta_forward_: base_out must be rows of unit stride, with one stride between them");
+  Rows x(x_in);
+  require(out.count() == x.count() && (!adapter_index || is_vector(*adapter_index, x.count())));
+  if (x.count() > 0 && share_memory(x, out)) x = Rows(torch::stable::clone(x_in));
   const Factors factors(lora_a, lora_b);
   return forward_into(base_out, true, x, {}, factors, adapter_index, seed, scale, dropout_p);
 }
@@ -211,7 +294,7 @@ Tensor lora_delta_forward_(const Tensor& base_out, const Tensor& x_in, const Ten
 std::tuple<Tensor, Tensor> lora_delta_forward(const Tensor& base_out, const Tensor& x, const Tensor& lora_a,
                                               const Tensor& lora_b, const MaybeTensor& adapter_index,
                                               const MaybeTensor& seed, double scale, double dropout_p) {
-  Tensor out = empty(base_out, {base_out.size(0), base_out.size(1)}, dtype_of(base_out));
+  Tensor out = empty(base_out, shape_of(base_out), dtype_of(base_out));
   torch::stable::copy_(out, base_out);
   Tensor hidden = lora_delta_forward_(out, x, lora_a, lora_b, adapter_index, seed, scale, dropout_p);
   return {out, hidden};
@@ -221,12 +304,12 @@ std::tuple<Tensor, Tensor, Tensor> lora_delta_backward(const Tensor& grad_in, co
                                                        const Tensor& lora_b, const Tensor& hidden,
                                                        const MaybeTensor& adapter_index, const MaybeTensor& seed,
                                                        double scale, double dropout_p, int64_t needs) {
-  const Tensor grad_out = with_unit_rows(grad_in), x = with_unit_rows(x_in);
+  const Rows grad_out(grad_in), x(x_in);
   const Factors factors(lora_a, lora_b);
   const Wanted wanted(needs);
-  Tensor dx = wanted.empty(0, x, {x.size(0), x.size(1)}, dtype_of(x));
+  Tensor dx = empty_like(wanted, 0, x_in);
   Tensor da = empty_like(wanted, 1, lora_a), db = empty_like(wanted, 2, lora_b);
-  const Gradients gradients{wanted.data(0, dx), wanted.data(1, da), wanted.data(2, db), nullptr, dtype_of(x)};
+  const Gradients gradients{wanted.data(0, dx), wanted.data(1, da), wanted.data(2, db), nullptr, x.dtype()};
   backward_into(gradients, grad_out, x, factors, hidden, adapter_index, seed, scale, dropout_p);
   return {dx, da, db};
 }

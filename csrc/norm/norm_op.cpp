@@ -6,29 +6,43 @@
 namespace lwft {
 namespace {
 
+void check(const Tensor& x, const Tensor& sublayer_out, const MaybeTensor& weight, const MaybeTensor& bias,
+           double eps) {
+  require_one_device(x, sublayer_out, weight, bias);
+  require(x.dim() >= 1 && last_size(x) > 0 && same_shape(x, sublayer_out) && eps > 0 && std::isfinite(eps));
+  const DType sum = promote(dtype_of(x), dtype_of(sublayer_out));
+  for (const MaybeTensor* parameter : {&weight, &bias}) {
+    if (!*parameter) continue;
+    const DType dtype = dtype_of(**parameter);
+    require(is_vector(**parameter, last_size(x)) && (dtype == sum || dtype == DType::f32));
+  }
+  require(!weight || !bias || dtype_of(*weight) == dtype_of(*bias));
+}
+
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x_in, const Tensor& sublayer_in,
                                                           const MaybeTensor& weight_in, const MaybeTensor& bias_in,
                                                           const MaybeTensor& seed, double eps, double dropout_p) {
-  const Tensor x = with_unit_rows(x_in), sublayer_out = with_unit_rows(sublayer_in);
+  check(x_in, sublayer_in, weight_in, bias_in, eps);
+  const Rows x(x_in), sublayer_out(sublayer_in);
   const MaybeTensor weight = as_contiguous(weight_in), bias = as_contiguous(bias_in);
   AddLayerNormForward p{};
-  p.tokens = x.size(0);
-  p.model_dim = x.size(1);
-  p.x_dtype = dtype_of(x);
-  p.sublayer_dtype = dtype_of(sublayer_out);
+  p.tokens = x.count();
+  p.model_dim = x.width();
+  p.x_dtype = x.dtype();
+  p.sublayer_dtype = sublayer_out.dtype();
   p.out_dtype = promote(p.x_dtype, p.sublayer_dtype);
   p.param_dtype = weight ? dtype_of(*weight) : bias ? dtype_of(*bias) : p.out_dtype;
-  p.x = data(x);
-  p.x_row_stride = x.stride(0);
-  p.sublayer_out = data(sublayer_out);
-  p.sublayer_row_stride = sublayer_out.stride(0);
+  p.x = x.data();
+  p.x_row_stride = x.stride();
+  p.sublayer_out = sublayer_out.data();
+  p.sublayer_row_stride = sublayer_out.stride();
   p.weight = data(weight);
   p.bias = data(bias);
   p.eps = eps;
   p.dropout = dropout_of(seed, dropout_p);
-  Tensor out = empty(x, {p.tokens, p.model_dim}, p.out_dtype);
-  Tensor mean = empty(x, {p.tokens}, accumulate_dtype(p.out_dtype));
-  Tensor rstd = empty(x, {p.tokens}, accumulate_dtype(p.out_dtype));
+  Tensor out = empty(x_in, shape_of(x_in), p.out_dtype);
+  Tensor mean = empty(x_in, leading_shape(x_in), accumulate_dtype(p.out_dtype));
+  Tensor rstd = empty(x_in, leading_shape(x_in), accumulate_dtype(p.out_dtype));
   p.out = out.mutable_data_ptr();
   p.mean = mean.mutable_data_ptr();
   p.rstd = rstd.mutable_data_ptr();
@@ -41,30 +55,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor&
                                                                    const MaybeTensor& weight_in, const Tensor& mean,
                                                                    const Tensor& rstd, const MaybeTensor& seed,
                                                                    double dropout_p, int64_t needs) {
-  const Tensor grad_out = with_unit_rows(grad_in), x = with_unit_rows(x_in), sublayer_out = with_unit_rows(sublayer_in);
+  const Rows grad_out(grad_in), x(x_in), sublayer_out(sublayer_in);
   const MaybeTensor weight = as_contiguous(weight_in);
   const Wanted wanted(needs);
   AddLayerNormBackward p{};
-  p.tokens = x.size(0);
-  p.model_dim = x.size(1);
-  p.x_dtype = dtype_of(x);
-  p.sublayer_dtype = dtype_of(sublayer_out);
-  p.out_dtype = dtype_of(grad_out);
+  p.tokens = x.count();
+  p.model_dim = x.width();
+  p.x_dtype = x.dtype();
+  p.sublayer_dtype = sublayer_out.dtype();
+  p.out_dtype = grad_out.dtype();
   p.param_dtype = weight ? dtype_of(*weight) : p.x_dtype;
-  p.grad_out = data(grad_out);
-  p.grad_out_row_stride = grad_out.stride(0);
-  p.x = data(x);
-  p.x_row_stride = x.stride(0);
-  p.sublayer_out = data(sublayer_out);
-  p.sublayer_row_stride = sublayer_out.stride(0);
+  p.grad_out = grad_out.data();
+  p.grad_out_row_stride = grad_out.stride();
+  p.x = x.data();
+  p.x_row_stride = x.stride();
+  p.sublayer_out = sublayer_out.data();
+  p.sublayer_row_stride = sublayer_out.stride();
   p.weight = data(weight);
   p.mean = data(mean);
   p.rstd = data(rstd);
   p.dropout = dropout_of(seed, dropout_p);
-  Tensor dx = wanted.empty(0, x, {p.tokens, p.model_dim}, p.x_dtype);
-  Tensor dsublayer_out = wanted.empty(1, x, {p.tokens, p.model_dim}, p.sublayer_dtype);
-  Tensor dweight = wanted.empty(2, x, {p.model_dim}, p.param_dtype);
-  Tensor dbias = wanted.empty(3, x, {p.model_dim}, p.param_dtype);
+  Tensor dx = wanted.empty(0, x_in, shape_of(x_in), p.x_dtype);
+  Tensor dsublayer_out = wanted.empty(1, x_in, shape_of(x_in), p.sublayer_dtype);
+  Tensor dweight = wanted.empty(2, x_in, {p.model_dim}, p.param_dtype);
+  Tensor dbias = wanted.empty(3, x_in, {p.model_dim}, p.param_dtype);
   p.dx = wanted.data(0, dx);
   p.dsublayer_out = wanted.data(1, dsublayer_out);
   p.dweight = wanted.data(2, dweight);

@@ -41,13 +41,13 @@ def _forward_fake(
     residual_is_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
-    tokens = x.shape[0]
-    normed = 0 if norm_weight is None else tokens
+    leading = x.shape[:-1]
+    normed = (0,) if norm_weight is None else leading
     return (
         x.new_empty(x.shape),
-        down_weight.new_empty((tokens, down_weight.shape[0])),
-        x.new_empty((normed,), dtype=statistics),
-        x.new_empty((normed,), dtype=statistics),
+        down_weight.new_empty((*leading, down_weight.shape[0])),
+        x.new_empty(normed, dtype=statistics),
+        x.new_empty(normed, dtype=statistics),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ _OP = "adapter"
 # The order is that of csrc/adapter/adapter.h: the kernels know an activation by its position.
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu", "sigmoid", "identity")
 _SYNONYMS = {"swish": "silu"}
+_POSITIONS = {name: position for position, name in enumerate(ACTIVATIONS)}
 
 
 def checked_activation(op: str, activation: object) -> str:
@@ -68,6 +71,16 @@ def adapter(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
     """
+    if type(dropout_p) is float and dropout_p == 0.0 and type(eps) is float and type(scale) is float:
+        position = _POSITIONS.get(activation) if type(activation) is str else None
+        if position is not None:
+            found = backend.attempt(
+                _OP, autograd.adapter, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
+                None if residual is x else residual, None, position, eps, scale, 0.0, residual is x,
+            )  # fmt: skip
+            if found is not None:
+                return cast(Tensor, found)
+
     checks.floating(_OP, "x", x)
     checks.floating(_OP, "down_weight", down_weight)
     checks.floating(_OP, "up_weight", up_weight)
@@ -134,10 +147,8 @@ def adapter(
             x, down_weight, down_bias, up_weight, up_bias, activation=activation, norm_weight=norm_weight,
             norm_bias=norm_bias, eps=eps, scale=scale, residual=residual, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
-    flat = x if x.dim() == 2 else x.reshape(-1, d)
-    added = None if residual is None or residual_is_x else residual.reshape(-1, d)
     out: Tensor = autograd.adapter(
-        flat, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, added, seed,
-        ACTIVATIONS.index(activation), eps, scale, dropout_p, residual_is_x,
+        x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, None if residual_is_x else residual,
+        seed, _POSITIONS[activation], eps, scale, dropout_p, residual_is_x,
     )  # fmt: skip
-    return out if flat is x else out.view(x.shape)
+    return out

@@ -5,7 +5,7 @@ With xd = dropout(x), h = xd A^T (the `hidden` kept from forward) and dh = scale
 
     dA = dh^T xd,  dB = scale * dy^T h,  dx = dropout mask * (dh A) + dy W,  dW = dy^T x,  dbias = sum of dy.
 
-xd and dh are computed again from x and dy: beside the inputs, only h, of size (T, r), is kept.
+xd and dh are computed again from x and dy: beside the inputs, only h, of size (..., r), is kept.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def _backward_op(name: str, *args: Any) -> Any:
 
 
 def _hidden(x: Tensor, down: Tensor) -> Tensor:
-    """(T, r), not rounded to 16 bits."""
-    return down.new_empty(x.shape[0], down.shape[-2], dtype=torch.promote_types(down.dtype, torch.float32))
+    """(..., r), not rounded to 16 bits."""
+    return down.new_empty(*x.shape[:-1], down.shape[-2], dtype=torch.promote_types(down.dtype, torch.float32))
 
 
 # ---- low_rank_linear(x, down_weight, up_weight, bias) ----
@@ -43,7 +43,7 @@ def _hidden(x: Tensor, down: Tensor) -> Tensor:
 def _low_rank_forward_fake(
     x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], up_weight.shape[0]), _hidden(x, down_weight)
+    return x.new_empty(*x.shape[:-1], up_weight.shape[0]), _hidden(x, down_weight)
 
 
 def _low_rank_backward_fake(
@@ -95,7 +95,7 @@ def _lora_linear_forward_fake(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0]), _hidden(x, lora_a)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), _hidden(x, lora_a)
 
 
 def _lora_linear_backward_fake(
@@ -183,8 +183,7 @@ def _lora_delta_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Te
     if grad_out is None:
         return (None,) * 8
     needs = wanted(ctx.needs_input_grad, (1, 2, 3))
-    rows = grad_out.reshape(-1, grad_out.shape[-1])  # in place, base_out came with all its leading dimensions
-    results = _backward_op("lora_delta_backward", rows, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs)
+    results = _backward_op("lora_delta_backward", grad_out, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs)
     return (grad_out, *gradients(results, needs), None, None, None, None)
 
 
@@ -202,8 +201,7 @@ if backend.library_error is None:
 
 def _write_rows(base_out: Tensor, *rest: Any) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():
-        rows = base_out if base_out.dim() == 2 else base_out.view(-1, base_out.shape[-1])
-        hidden: Tensor = torch.ops.lwft.lora_delta_forward_.default(rows, *rest)
+        hidden: Tensor = torch.ops.lwft.lora_delta_forward_.default(base_out, *rest)
     return hidden
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,10 @@ def low_rank_linear(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Ten
         TypeError, ValueError: an argument of the wrong dtype, shape or device; the message names it.
     """
     op = "low_rank_linear"
+    found = backend.attempt(op, autograd.low_rank_linear, x, down_weight, up_weight, bias)
+    if found is not None:
+        return cast(Tensor, found)
+
     _check_input(op, x)
     checks.floating(op, "down_weight", down_weight)
     checks.floating(op, "up_weight", up_weight)
@@ -47,12 +53,9 @@ def low_rank_linear(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Ten
         checks.same_device(op, "bias", bias, "x", x)
         checks.same_dtype(op, "bias", bias, "down_weight", down_weight)
 
-    rows = _rows(x)
-    if backend.use_native(op, x.device):
-        out = autograd.low_rank_linear(rows, down_weight, up_weight, bias)
-    else:
-        out = reference.low_rank_linear(rows, down_weight, up_weight, bias)
-    return _with_leading_shape(out, x)
+    function = autograd.low_rank_linear if backend.use_native(op, x.device) else reference.low_rank_linear
+    out: Tensor = function(x, down_weight, up_weight, bias)
+    return out
 
 
 def lora_linear(
@@ -95,6 +98,11 @@ def lora_linear(
             torch.compile traces that is left to the kernel, which raises RuntimeError.
     """
     op = "lora_linear"
+    if adapter_index is None and type(dropout_p) is float and dropout_p == 0.0 and type(scale) is float:
+        found = backend.attempt(op, autograd.lora_linear, x, weight, bias, lora_a, lora_b, None, None, scale, 0.0)
+        if found is not None:
+            return cast(Tensor, found)
+
     _check_input(op, x)
     checks.floating(op, "weight", weight)
     if bias is not None:
@@ -122,14 +130,12 @@ def lora_linear(
     index = _token_adapters(op, adapter_index, x, lora_a.shape[0])
 
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
-    rows = _rows(x)
     if backend.use_native(op, x.device):
-        out = autograd.lora_linear(rows, weight, bias, lora_a, lora_b, index, seed, scale, dropout_p)
-    else:
-        out = reference.lora_linear(
-            rows, weight, bias, lora_a, lora_b, index, scale=scale, dropout_p=dropout_p, seed=seed
-        )
-    return _with_leading_shape(out, x)
+        out: Tensor = autograd.lora_linear(x, weight, bias, lora_a, lora_b, index, seed, scale, dropout_p)
+        return out
+    rows = x.reshape(-1, d_in)
+    out = reference.lora_linear(rows, weight, bias, lora_a, lora_b, index, scale=scale, dropout_p=dropout_p, seed=seed)
+    return out.view(*x.shape[:-1], d_out)
 
 
 def lora_delta_(
@@ -187,16 +193,15 @@ def lora_delta_(
     index = _token_adapters(op, adapter_index, x, lora_a.shape[0])
 
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
-    rows = _rows(x)
     if not backend.use_native(op, x.device):
+        rows = x.reshape(-1, x.shape[-1])
         delta = reference.lora_delta(rows, lora_a, lora_b, index, scale=scale, dropout_p=dropout_p, seed=seed)
         return base_out.add_(delta.view(base_out.shape))
-    rest = (rows, lora_a, lora_b, index, seed, scale, dropout_p)
+    rest = (x, lora_a, lora_b, index, seed, scale, dropout_p)
     # torch.compile differentiates no op that writes into an argument; autograd.lora_delta refuses torch.func.
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if traced or not _is_rows(base_out):
-        out = autograd.lora_delta(base_out.reshape(-1, d_out), *rest)
-        return base_out.copy_(out.view(base_out.shape))
+        return base_out.copy_(autograd.lora_delta(base_out, *rest))
     whole = base_out._base if torch.is_grad_enabled() and base_out.is_contiguous() else None
     if (
         whole is not None
@@ -208,15 +213,6 @@ def lora_delta_(
         # view, autograd would copy the gradient three times; written as a whole, not once.
         return autograd.lora_delta_(whole, *rest).view(base_out.shape)
     return autograd.lora_delta_(base_out, *rest)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(T, d), without a node of autograd where x is that already."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _with_leading_shape(out: Tensor, x: Tensor) -> Tensor:
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _check_input(op: str, x: Tensor) -> None:

@@ -5,7 +5,7 @@ With s = x + dropout(u), n = (s - mean) * rstd and g = grad_out * weight (Ba et 
     ds = rstd * (g - mean(g) - n * mean(g * n)),   dx = ds,   du = dropout mask * ds,
     dweight = sum over tokens of grad_out * n,     dbias = sum over tokens of grad_out.
 
-n is computed again from x and u: nothing of size (T, d) is kept beside the inputs.
+n is computed again from x and u: nothing of the size of x is kept beside the inputs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _forward_fake(
     dtype = torch.promote_types(x.dtype, sublayer_out.dtype)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     out = x.new_empty(x.shape, dtype=dtype)
-    return out, x.new_empty(x.shape[:1], dtype=statistics), x.new_empty(x.shape[:1], dtype=statistics)
+    return out, x.new_empty(x.shape[:-1], dtype=statistics), x.new_empty(x.shape[:-1], dtype=statistics)
 
 
 def _backward_fake(
@@ -52,7 +52,7 @@ def _backward_fake(
     def result(bit: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return like.new_empty(shape if needs >> bit & 1 else (0,))
 
-    d = x.shape[1]
+    d = x.shape[-1]
     return (
         result(0, tuple(x.shape), x),
         result(1, tuple(x.shape), sublayer_out),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,11 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
     """
+    if type(dropout_p) is float and dropout_p == 0.0 and type(eps) is float:
+        found = backend.attempt(_OP, autograd.add_layer_norm, x, sublayer_out, weight, bias, None, eps, 0.0)
+        if found is not None:
+            return cast(Tensor, found)
+
     checks.floating(_OP, "x", x)
     checks.floating(_OP, "sublayer_out", sublayer_out)
     checks.at_least_dims(_OP, "x", x, 1, "(..., d)")
@@ -68,7 +75,5 @@ def add_layer_norm(
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
     if not backend.use_native(_OP, x.device):
         return reference.add_layer_norm(x, sublayer_out, weight, bias, eps, dropout_p=dropout_p, seed=seed)
-    # without nodes of autograd where x has two dimensions already
-    rows = (x, sublayer_out) if x.dim() == 2 else (x.reshape(-1, d), sublayer_out.reshape(-1, d))
-    out: Tensor = autograd.add_layer_norm(*rows, weight, bias, seed, eps, dropout_p)
-    return out if x.dim() == 2 else out.view(x.shape)
+    out: Tensor = autograd.add_layer_norm(x, sublayer_out, weight, bias, seed, eps, dropout_p)
+    return out

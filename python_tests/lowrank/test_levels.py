@@ -78,3 +78,19 @@ def test_tasks_may_run_on_any_thread(level):
         lwft_harness.set_threads(1)
     for one, three in zip(*results, strict=True):
         assert np.array_equal(one, three)
+
+
+@pytest.mark.parametrize("level", lwft_harness.levels())
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("rows,depth,columns", [(1, 5, 3), (8, 130, 131), (9, 1, 17), (61, 513, 129), (800, 70, 40)])
+def test_product_with_the_frozen_weight(level, transpose, rows, depth, columns):
+    random = np.random.default_rng(rows + depth)
+    a = (random.standard_normal((rows, depth + 3)) / depth**0.5).astype("float16")[:, :depth]
+    b = random.standard_normal((columns, depth) if transpose else (depth, columns)).astype("float16")
+    before = random.standard_normal((rows, columns + 5)).astype("float16")
+    whole = before.copy()
+    lwft_harness.base_product(level, a, b, transpose, whole[:, :columns])
+    exact = before[:, :columns].astype("float64") + a.astype("float64") @ (b.T if transpose else b).astype("float64")
+    exact = torch.from_numpy(exact)
+    assert relative_error(torch.from_numpy(whole[:, :columns]), exact) <= RATIO * relative_error(exact.half(), exact)
+    assert (whole[:, columns:] == before[:, columns:]).all()

@@ -225,6 +225,8 @@ def test_strided_inputs(view):
     expected = torch.nn.functional.linear(x, weight, bias) + x @ a.T @ b.T
     torch.testing.assert_close(LF.lora_linear(x, weight, bias, a, b), expected)
     torch.testing.assert_close(LF.lora_linear(x, weight.T.contiguous().T, bias, a, b), expected)
+    part_of_a_larger_one = torch.cat([torch.randn(7, d), weight])[7:]  # as in a fused q, k, v projection
+    torch.testing.assert_close(LF.lora_linear(x, part_of_a_larger_one, bias, a, b), expected)
     torch.testing.assert_close(LF.low_rank_linear(x, a, b, bias), x @ a.T @ b.T + bias)
 
 
