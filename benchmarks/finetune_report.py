@@ -19,8 +19,9 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
     tokens = options["batch"] * options["seq_len"]
 
     table = Table(
-        title=f"{options['method']} fine-tune of MiniLM, float32, batch {options['batch']} x {options['seq_len']} "
-        f"tokens, {options['threads']} threads, {options['steps']} steps"
+        title=f"{options['method']} fine-tune of {options['model']}, float32, "
+        f"batch {options['batch']} x {options['seq_len']} tokens, {options['threads']} threads, "
+        f"{options['steps']} steps"
     )
     for column in ("", "baseline", "accelerated", "ratio"):
         table.add_column(column, justify="left" if not column else "right")

@@ -88,6 +88,13 @@ def test_without_optional_parts(tokens, without, residual, norm, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [1088, 1089])
+def test_results_larger_than_the_cache(d, dtype):
+    """Past 4 MiB they are written by other stores, where a row is made of whole vectors."""
+    check_op(ours, reference, make(2100, d, 8, residual="x"), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("tokens", [6, 31])
 def test_dropout_is_the_reference_dropout(tokens, p, dtype):

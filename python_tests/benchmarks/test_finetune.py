@@ -51,6 +51,12 @@ def test_peak_memory_is_measured_in_processes_of_their_own(run, tmp_path):
     assert all(written["runs"][variant]["peak_memory"] > 0 for variant in ("baseline", "accelerated"))
 
 
+def test_a_model_of_random_weights(run, tmp_path):
+    assert run("--model", "small", "--no-memory").exit_code == 0
+    written = json.loads((tmp_path / "results" / "finetune-lora.json").read_text())
+    assert written["loss_difference_without_dropout"] < 1e-3 and written["options"]["model"] == "small"
+
+
 def test_missing_model_says_how_to_get_it(monkeypatch):
     from lwft_bench import finetune_models
 
@@ -80,7 +86,7 @@ def test_sentences():
 def test_nothing_of_ours_is_left_in_the_baseline():
     from lwft_bench import finetune_models
 
-    model, report = finetune_models.build("lora", 3, ours=False, dropout=True, seed=0)
+    model, report = finetune_models.build("minilm", "lora", 3, ours=False, dropout=True, seed=0)
     assert report is None
     assert not any(type(m).__module__.startswith(lwft_kernels.__name__) for m in model.modules())
     assert model.encoder.config._attn_implementation == "sdpa"
