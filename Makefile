@@ -28,7 +28,7 @@ help:
 	@echo 'make bench   environment, build, op benchmark, real fine-tune; tables, JSON and pictures in results/'
 	@echo 'make lint    ruff, mypy, clang-format, without changing a file'
 	@echo 'make format  ruff and clang-format, changing files'
-	@echo 'make cross   the CPU kernels for aarch64, by g++-aarch64-linux-gnu'
+	@echo 'make cross   the CPU kernels for aarch64, by g++-aarch64-linux-gnu, and their C++ tests under qemu'
 	@echo 'make clean   removes build/ and the library, keeps .venv and results/'
 
 # ---- the environment ----
@@ -103,8 +103,11 @@ cross: $(VENV)/.build_tools
 	@command -v aarch64-linux-gnu-g++ >/dev/null || \
 	  { echo 'There is no aarch64-linux-gnu-g++: install it, e.g. apt-get install g++-aarch64-linux-gnu'; exit 1; }
 	$(cmake) -S . -B build/aarch64 $(configure) -DLWFT_LIBRARY=OFF \
-	  -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
+	  -DLWFT_TESTS=ON -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
 	$(cmake) --build build/aarch64 $(jobs)
+	@command -v qemu-aarch64-static >/dev/null || \
+	  { echo 'Built. There is no qemu-aarch64-static to run the tests: apt-get install qemu-user-static'; exit 1; }
+	$(ctest) --test-dir build/aarch64
 
 clean:
 	rm -rf build lwft_kernels/_C.so

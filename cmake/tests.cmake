@@ -52,7 +52,7 @@ if(LWFT_TESTS)
   enable_testing()
   # The thread sanitizer of older compilers cannot live with as much address randomisation as newer kernels do.
   # Where that may not be switched off either, the tests are listed as skipped.
-  set(launcher)
+  set(launcher ${CMAKE_CROSSCOMPILING_EMULATOR})
   if(LWFT_SANITIZE STREQUAL "thread")
     execute_process(COMMAND setarch --addr-no-randomize true RESULT_VARIABLE failed OUTPUT_QUIET ERROR_QUIET)
     if(NOT failed)
