@@ -147,7 +147,7 @@ def build(model: str, method: str, classes: int, *, ours: bool, dropout: bool, s
         classes: number of classes.
         ours: our kernels, or plain PyTorch.
         dropout: as the pretrained config has it, with 0.1 in the LoRA branch; False switches all of it off.
-        seed: of the new parameters.
+        seed: of the parameters that are not pretrained.
     """
     torch.manual_seed(seed)
     encoder = _encoder(model, dropout)

@@ -124,7 +124,7 @@ def use_native(op: str, device: torch.device, declined: str | None = None) -> bo
     return False
 
 
-def attempt(op: str, function: Callable[..., Any], x: object, *args: Any) -> Any:
+def attempt(op: str, function: Callable[..., Tensor], x: object, *args: Any) -> Tensor | None:
     """The result of `function(x, *args)`, the compiled kernel of `op` with no look at its arguments, or None.
 
     Looking at every argument costs more than a small call. So an eager call on the CPU is tried first: the op refuses

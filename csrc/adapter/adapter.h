@@ -8,7 +8,7 @@ namespace lwft {
 
 // The order is that of lwft_kernels.adapter.functional.ACTIVATIONS.
 enum class Activation : int32_t { relu, gelu, gelu_tanh, silu, tanh, leaky_relu, sigmoid, identity };
-constexpr int64_t kActivations = 8;
+constexpr int64_t kActivations = static_cast<int64_t>(Activation::identity) + 1;
 constexpr double kLeakyReluSlope = 0.01;  // torch.nn.functional.leaky_relu's default
 
 struct AdapterForward {

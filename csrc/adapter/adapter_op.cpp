@@ -32,11 +32,10 @@ struct ForwardResult {
 };
 
 // Everything of AdapterForward but the dropout, whose seed may lie on the device, and the results it points to.
-ForwardResult fill_forward(AdapterForward& p, const Tensor& x_in, const Rows& x, const Tensor& down_weight,
-                           const MaybeTensor& down_bias, const Tensor& up_weight, const MaybeTensor& up_bias,
-                           const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
-                           const std::optional<Rows>& residual, int64_t activation, double eps, double scale,
-                           bool residual_is_x) {
+ForwardResult fill_forward(AdapterForward& p, const Rows& x, const Tensor& down_weight, const MaybeTensor& down_bias,
+                           const Tensor& up_weight, const MaybeTensor& up_bias, const MaybeTensor& norm_weight,
+                           const MaybeTensor& norm_bias, const std::optional<Rows>& residual, int64_t activation,
+                           double eps, double scale, bool residual_is_x) {
   p.tokens = x.count();
   p.model_dim = x.width();
   p.bottleneck = down_weight.size(0);
@@ -57,9 +56,10 @@ ForwardResult fill_forward(AdapterForward& p, const Tensor& x_in, const Rows& x,
   p.residual_row_stride = residual_is_x ? p.x_row_stride : residual ? residual->stride() : 0;
 
   const DType statistics = accumulate_dtype(p.dtype);
-  const std::vector<int64_t> normed = norm_weight ? leading_shape(x_in) : std::vector<int64_t>{0};
-  ForwardResult result{empty(x_in, shape_of(x_in), p.dtype), empty(x_in, shape_of(x_in, p.bottleneck), p.param_dtype),
-                       empty(x_in, normed, statistics), empty(x_in, normed, statistics)};
+  const Tensor& like = x.tensor();
+  const std::vector<int64_t> normed = norm_weight ? leading_shape(like) : std::vector<int64_t>{0};
+  ForwardResult result{empty(like, shape_of(like), p.dtype), empty(like, shape_of(like, p.bottleneck), p.param_dtype),
+                       empty(like, normed, statistics), empty(like, normed, statistics)};
   p.out = result.out.mutable_data_ptr();
   p.hidden = result.hidden.mutable_data_ptr();
   p.mean = norm_weight ? result.mean.mutable_data_ptr() : nullptr;
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_forward(
   const MaybeTensor norm_weight = as_contiguous(norm_weight_in), norm_bias = as_contiguous(norm_bias_in);
   const std::optional<Rows> residual = residual_in ? std::optional<Rows>(*residual_in) : std::nullopt;
   AdapterForward p{};
-  ForwardResult result = fill_forward(p, x_in, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
+  ForwardResult result = fill_forward(p, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
                                       residual, activation, eps, scale, residual_is_x);
   run(p, x_in, seed, dropout_p);
   return {result.out, result.hidden, result.mean, result.rstd};

@@ -4,7 +4,7 @@
 #pragma once
 #include "common/dropout.h"
 #include "common/dtype.h"
-#include "lowrank/base_product.h"
+#include "lowrank/lowrank_base.h"
 
 namespace lwft {
 

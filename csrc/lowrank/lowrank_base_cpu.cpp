@@ -4,7 +4,7 @@
 // Scratch memory of a thread: depth x kSliceColumns floats for b, kBlockRows x (kDepthStep + kSliceColumns) beside.
 #include "common/cpu/row.h"
 #include "common/cpu/tile.h"
-#include "lowrank/base_product.h"
+#include "lowrank/lowrank_base.h"
 
 namespace lwft::LWFT_ISA {
 namespace {

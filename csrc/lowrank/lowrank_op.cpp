@@ -150,8 +150,8 @@ void own_add_product(const Tensor& result, const Tensor& a, const Tensor& b) {
 }
 
 // Whether the vendor multiplies 16-bit matrices by a plain loop: so PyTorch does where the processor has no instruction
-// for it, at a hundredth of the speed of float32. Neither PyTorch nor the processor tells, so it is measured, once per
-// kind and process: two to three milliseconds where it is slow. Between a loop and a kernel there is no doubt.
+// for it, many times slower than in float32. Neither PyTorch nor the processor tells, so it is measured, once per kind
+// and process. Between a loop and a kernel there is no doubt.
 bool vendor_is_slow(const Tensor& like, bool b_is_transpose) {
   constexpr int64_t kSize = 128;
   constexpr int kTimes = 3;

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -79,7 +77,7 @@ def adapter(
                 None if residual is x else residual, None, position, eps, scale, 0.0, residual is x,
             )  # fmt: skip
             if found is not None:
-                return cast(Tensor, found)
+                return found
 
     checks.floating(_OP, "x", x)
     checks.floating(_OP, "down_weight", down_weight)

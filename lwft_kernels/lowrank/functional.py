@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,7 @@ def low_rank_linear(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Ten
     op = "low_rank_linear"
     found = backend.attempt(op, autograd.low_rank_linear, x, down_weight, up_weight, bias)
     if found is not None:
-        return cast(Tensor, found)
+        return found
 
     _check_input(op, x)
     checks.floating(op, "down_weight", down_weight)
@@ -101,7 +99,7 @@ def lora_linear(
     if adapter_index is None and type(dropout_p) is float and dropout_p == 0.0 and type(scale) is float:
         found = backend.attempt(op, autograd.lora_linear, x, weight, bias, lora_a, lora_b, None, None, scale, 0.0)
         if found is not None:
-            return cast(Tensor, found)
+            return found
 
     _check_input(op, x)
     checks.floating(op, "weight", weight)

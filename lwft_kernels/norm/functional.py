@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -43,7 +41,7 @@ def add_layer_norm(
     if type(dropout_p) is float and dropout_p == 0.0 and type(eps) is float:
         found = backend.attempt(_OP, autograd.add_layer_norm, x, sublayer_out, weight, bias, None, eps, 0.0)
         if found is not None:
-            return cast(Tensor, found)
+            return found
 
     checks.floating(_OP, "x", x)
     checks.floating(_OP, "sublayer_out", sublayer_out)
