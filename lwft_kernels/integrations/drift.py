@@ -32,7 +32,7 @@ class Upstream:
     """What a room overrides. Make it when it is asked for, not at import: somebody may replace a function in between.
 
     Attributes:
-        name: what it is, as a dotted path, the library first: ``"peft.tuners.lora.Linear.forward"``.
+        name: what it is, the package it belongs to first: ``"peft.tuners.lora.Linear.forward"``.
         functions: the function that is overridden, and those whose behaviour our version of it copies.
         known: their fingerprints in the releases that the tests have run with.
         self_test: holds a tiny instance, forward and backward, against upstream; returns what differed, or None. It
@@ -51,7 +51,7 @@ def why_not(upstream: Upstream, strict: bool) -> str | None:
     A function that somebody outside the library has put there is theirs and is left alone. One with an unknown
     fingerprint is refused if `strict`; else there is one warning, and the self-test, run once, decides.
     """
-    library = upstream.name.partition(".")[0]
+    library = upstream.name.replace(".", " ").split()[0]
     for function in upstream.functions:
         for layer in _layers(function):
             origin: str = getattr(layer, "__globals__", {}).get("__name__", library)
