@@ -34,7 +34,9 @@ def base(family="llama"):
         config = transformers.GPT2Config(
             vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
         )
-        return transformers.GPT2LMHeadModel(config)
+        model = transformers.GPT2LMHeadModel(config)
+        model.loss_type = "ForCausalLM"  # transformers finds it too, with a warning that torch.compile stumbles over
+        return model
     if family == "bert":
         quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         return transformers.BertForMaskedLM(transformers.BertConfig(**WIDTHS, intermediate_size=48, **quiet))
@@ -113,13 +115,14 @@ def recorded(trainer):
 
 
 def train(trainer, accelerated, resume=None):
-    """The losses of a training run, and what it has made of the weights."""
+    """The losses of a training run, and what it has added to the weights."""
+    start = trained(trainer.model)
     if accelerated:
         report = lwft_kernels.accelerate(trainer.model)
     trainer.train(resume_from_checkpoint=resume)
     if accelerated:
         assert report.replaced and not report.unreached(), str(report)
-    return {"losses": torch.stack(trainer.losses), "weights": trained(trainer.model)}
+    return {"losses": torch.stack(trainer.losses), "change": trained(trainer.model) - start}
 
 
 def arguments(path, **options):
@@ -155,20 +158,22 @@ def test_trainer(tmp_path, options):
     same_with_and_without(run)
 
 
-@pytest.mark.parametrize("family,op", [("gpt2", "lora_delta_"), ("bert", "lora_linear")])
-def test_trainer_on_other_families(tmp_path, family, op):
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_trainer_on_other_families(tmp_path, family):
     def run(dtype, accelerated):
         return train(trainer(build(family, task_type=None).to(dtype), tmp_path), accelerated)
 
-    same_with_and_without(run, [op, "attention"])
+    same_with_and_without(run, ["attention"])
 
 
 def test_trainer_goes_on_from_a_checkpoint(tmp_path):
     """A checkpoint of an accelerated run is a checkpoint: a run without us goes on from it."""
 
     def weights(accelerated, steps, resume=None):
+        model = build()
         options = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
-        return train(trainer(build(), tmp_path, **options), accelerated, resume)["weights"]
+        train(trainer(model, tmp_path, **options), accelerated, resume)
+        return trained(model)
 
     start, two = trained(build()), weights(True, 2)
     checkpoint = tmp_path / "checkpoint-2"
@@ -228,7 +233,7 @@ def test_accelerator(precision, when):
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         if accelerated and when == "after prepare":
             lwft_kernels.accelerate(model)
-        losses = []
+        start, losses = trained(model), []
         for inputs in loader:
             with accelerator.accumulate(model):
                 loss = model(**inputs).loss
@@ -236,7 +241,7 @@ def test_accelerator(precision, when):
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
-        return {"losses": torch.stack(losses), "weights": trained(model)}
+        return {"losses": torch.stack(losses), "change": trained(model) - start}
 
     same_with_and_without(run)
 
