@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import pytest
 import torch
+from environment import HAS_ADAPTERS
 
 import lwft_kernels
 from lwft_kernels import backend
 
-# AdapterHub needs another transformers than the rest: the Makefile has an environment for it, and names there what must
-# run. Where it is not, its tests are not there either, rather than skipped.
-if find_spec("adapters") is None:
+# Where AdapterHub is not, its tests are not there either, rather than skipped; where it is, the Makefile names them.
+if not HAS_ADAPTERS:
     collect_ignore = ["integrations/test_adapters.py", "integrations/test_transformers4.py"]
 
 

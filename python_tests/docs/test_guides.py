@@ -10,11 +10,11 @@ What a block needs and a reader does not (a tiny model instead of theirs) stands
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from environment import HAS_ADAPTERS
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -27,9 +27,9 @@ def name(page):
 
 
 def pages():
-    """Those of this environment: AdapterHub has its own, see conftest.py."""
+    """Those of this environment."""
     adapters = [page for page in GUIDES if page.name == "adapters.md"]
-    if find_spec("adapters") is not None:
+    if HAS_ADAPTERS:
         assert adapters, "docs/adapters.md is not there"
         return adapters
     return [ROOT / "README.md", *(page for page in GUIDES if page not in adapters)]
