@@ -15,7 +15,10 @@ from lwft_kernels.integrations.report import Change, Report
 # The rooms, in the order in which they are asked: their library, and the keyword that switches them off.
 _ROOMS = (
     ("transformers", "transformers", "attention"),
+    ("transformers_blocks", "transformers", "layer_norm"),
     ("peft", "peft", "lora"),
+    ("adapters", "adapters", "adapters"),
+    ("torch_nn", "torch", "torch_nn"),
 )
 
 
@@ -26,14 +29,18 @@ def accelerate(
     lora: bool = True,
     adapters: bool = True,
     torch_nn: bool = True,
+    layer_norm: bool = True,
     strict: bool = False,
 ) -> Report:
     """Put the kernels into `model`, in place.
 
-    - transformers: every attention that goes through the attention interface computes with
-      `lwft_kernels.functional.attention`.
-    - PEFT: every `lora.Linear` computes with `lora_linear`, or `lora_delta_` where the base layer is not a
-      plain frozen `nn.Linear`.
+    - transformers: attention that goes through the attention interface computes with
+      `lwft_kernels.functional.attention`; blocks that end in a residual sum and LayerNorm with `add_layer_norm`.
+    - PEFT: LoRA layers compute with `lora_linear`, or `lora_delta_` where the base layer must be called; prefix
+      tuning hands its prefix to `attention`.
+    - AdapterHub: bottleneck adapters compute with `adapter`, LoRA layers with `lora_linear`.
+    - torch.nn: `MultiheadAttention` computes with `attention`, encoder and decoder layers whose norms come last with
+      `add_layer_norm` too.
 
     A call that a kernel cannot serve is computed by the library's own code and counted, with the reason, in
     `lwft_kernels.stats`. state_dict, checkpoints, hooks and `save_pretrained` are unchanged. Calling it again
@@ -41,10 +48,11 @@ def accelerate(
 
     Args:
         model: any module; a `PreTrainedModel`, a `PeftModel`, or one that contains them.
-        attention: the attention of transformers models.
+        attention: the attention of transformers.
         lora: the layers of PEFT.
-        adapters: the layers of AdapterHub's adapters.
-        torch_nn: the modules of torch.nn.
+        adapters: the layers of AdapterHub.
+        torch_nn: attention, encoder and decoder layers of torch.nn.
+        layer_norm: the blocks of transformers that end in a residual sum and LayerNorm.
         strict: leave what lwft_kernels was not tested with as it is, even where its self-test would pass.
 
     Returns:
@@ -53,7 +61,10 @@ def accelerate(
     Raises:
         TypeError: `model` is not a module.
     """
-    changes, versions = _plans(model, {"attention": attention, "lora": lora}, strict)
+    wanted = {
+        "attention": attention, "lora": lora, "adapters": adapters, "torch_nn": torch_nn, "layer_norm": layer_norm,
+    }  # fmt: skip
+    changes, versions = _plans(model, wanted, strict)
     applied: list[Change] = []
     try:
         for change in changes:
@@ -77,10 +88,14 @@ def accelerated(
     lora: bool = True,
     adapters: bool = True,
     torch_nn: bool = True,
+    layer_norm: bool = True,
     strict: bool = False,
 ) -> Iterator[Report]:
     """`accelerate(model)` for the length of a ``with`` block; what it replaced is restored however the block ends."""
-    report = accelerate(model, attention=attention, lora=lora, adapters=adapters, torch_nn=torch_nn, strict=strict)
+    report = accelerate(
+        model, attention=attention, lora=lora, adapters=adapters, torch_nn=torch_nn, layer_norm=layer_norm,
+        strict=strict,
+    )  # fmt: skip
     try:
         yield report
     finally:
@@ -94,10 +109,14 @@ def explain(
     lora: bool = True,
     adapters: bool = True,
     torch_nn: bool = True,
+    layer_norm: bool = True,
     strict: bool = False,
 ) -> Report:
     """The report that `accelerate` would give, changing nothing."""
-    changes, versions = _plans(model, {"attention": attention, "lora": lora}, strict)
+    wanted = {
+        "attention": attention, "lora": lora, "adapters": adapters, "torch_nn": torch_nn, "layer_norm": layer_norm,
+    }  # fmt: skip
+    changes, versions = _plans(model, wanted, strict)
     return Report(model, changes, versions, applied=False)
 
 
