@@ -9,7 +9,7 @@
 // Memory: three numbers for each row, the dQ of chunks (at most kChunkBytes), dprefix of each sequence where
 // it is shared, dbias in float where it has 16 bits.
 #pragma once
-#include "attention/attention_scores.h"
+#include "attention/attention_softmax.h"
 #include "common/cpu/threads.h"
 
 namespace lwft::LWFT_ISA {
