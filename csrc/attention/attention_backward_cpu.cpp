@@ -20,8 +20,8 @@ struct PackedRows {
 
   PackedRows(int64_t d, Scratch& scratch) {
     const bool same = !kIsPair<E> && d <= kPanelColumns<E>;
-    left = scratch.take<E>(kScoreRows * operand_stride<E>(d));
-    panels = same ? left : scratch.take<E>(panel_size<E>(units<E>(kScoreRows), d));
+    left = scratch.take<E>(kScoreRows<E> * operand_stride<E>(d));
+    panels = same ? left : scratch.take<E>(panel_size<E>(units<E>(kScoreRows<E>), d));
   }
   void pack(int64_t count, int64_t d) {
     const DType dtype = kIsPair<E> ? DType::bf16 : dtype_of<SumOf<E>>();
@@ -52,14 +52,14 @@ struct BackwardBuffers {
     keys = scratch.take<E>(panel_size<E>(units<E>(kBlockKeys), d));
     dk = scratch.take<T>(kBlockKeys * padded<T>(d));
     dv = scratch.take<T>(kBlockKeys * padded<T>(d));
-    scores = scratch.take<T>(kScoreRows * kScoreStride<T>);
-    dscores = scratch.take<T>(kScoreRows * kScoreStride<T>);
+    scores = scratch.take<T>(kScoreRows<E> * kScoreStride<T>);
+    dscores = scratch.take<T>(kScoreRows<E> * kScoreStride<T>);
     slope = scratch.take<T>(kGroupRows<T> * kScoreStride<T>);
     multiplier = scratch.take<T>(kGroupRows<T> * kScoreStride<T>);
     if constexpr (kIsPair<E>) {
-      weights = scratch.take<E>(kScoreRows * kScoreStride<E>);
-      dweights = scratch.take<E>(kScoreRows * kScoreStride<E>);
-      transposed = scratch.take<E>(panel_size<E>(units<E>(kScoreRows), kBlockKeys));
+      weights = scratch.take<E>(kScoreRows<E> * kScoreStride<E>);
+      dweights = scratch.take<E>(kScoreRows<E> * kScoreStride<E>);
+      transposed = scratch.take<E>(panel_size<E>(units<E>(kScoreRows<E>), kBlockKeys));
     } else {
       weights = scores;
       dweights = dscores;
@@ -524,7 +524,7 @@ void sum_dq_chunks(const BackwardPlan<T>& plan) {
 template <class E, class T = SumOf<E>>
 void backward_as(const AttentionBackward& p) {
   Scratch scratch;
-  const BackwardPlan<T> plan(p, scratch);
+  const BackwardPlan<T> plan(p, {kScoreRows<E>, kTileRows<E>}, scratch);
   parallel_for(plan.all_whole ? 0 : plan.groups * plan.tiles.count, [&](int64_t task) {
     const HeadGroup group(p.shape, p.rule, task / plan.tiles.count);
     row_statistics<E>(plan, group, plan.tiles[task % plan.tiles.count]);

@@ -17,7 +17,9 @@ namespace {
 
 // The tile of scores. Its rows: a multiple of kTileRows. Its keys: the more, the less often `out` is read and
 // written; but it has to stay in the nearer caches, as have the panels.
-constexpr int64_t kScoreRows = 48, kBlockKeys = 256;
+template <class E>
+constexpr int64_t kScoreRows = round_up(48, kTileRows<E>);
+constexpr int64_t kBlockKeys = 256;
 constexpr int64_t kPanelBytes = 128 << 10;
 // Rows of a task: the more, the less packing weighs; but q and out have to stay in the second cache.
 constexpr int64_t kTaskRows = 480, kTaskElements = 32 << 10;
@@ -26,11 +28,12 @@ constexpr int64_t kEnoughTasks = 8, kFewestTaskRows = 96;
 // Keys of a task where there are few rows.
 constexpr int64_t kFewRowsKeys = 512;
 
+template <class E>
 Pieces task_rows(const AttentionShape& shape) {
   const int64_t rows = HeadGroup::rows(shape), groups = maximum<int64_t>(HeadGroup::count(shape), 1);
-  const int64_t largest = minimum(kTaskRows, maximum(kScoreRows, kTaskElements / shape.head_dim));
+  const int64_t largest = minimum(kTaskRows, maximum(kScoreRows<E>, kTaskElements / shape.head_dim));
   const int64_t wanted = ceil_div(rows, ceil_div(kEnoughTasks, groups));
-  return Pieces(rows, minimum(largest, maximum(wanted, kFewestTaskRows)), kTileRows);
+  return Pieces(rows, minimum(largest, maximum(wanted, kFewestTaskRows)), kTileRows<E>);
 }
 
 // Keys of a block, for panels of at most kPanelBytes (with very large heads: of 64 keys).
@@ -132,7 +135,7 @@ void attend_tile(const HeadGroup& group, const Segment& segment, Range block, Ra
   T* out = buffers.out + tile_start * d_padded;
   gemm(tile.size(), columns, units<E>(d), buffers.q + tile_start * q_stride, q_stride, 1,
        buffers.key_panels + first * units<E>(d), buffers.scores, kScoreStride<T>, Mode::overwrite);
-  T factors[kScoreRows + kGroupRows<T>];
+  T factors[kScoreRows<E> + kGroupRows<T>];
   for (int64_t i = 0; i < tile.size(); ++i) elements(buffers.weights + i * kScoreStride<E>, width);
   softmax_rows(group, segment, tile, {block.begin + first, block.begin + end}, scores_scale<E>(group),
                softmax.from(tile_start), buffers.scores, kScoreStride<T>, elements_of(buffers.weights),
@@ -153,7 +156,7 @@ void attend_tile(const HeadGroup& group, const Segment& segment, Range block, Ra
 template <class E, class T = SumOf<E>>
 void forward_rows(const AttentionForward& p, const HeadGroup& group, Range rows) {
   const int64_t d = p.shape.head_dim, d_padded = padded<T>(d);
-  const Pieces tiles(rows.size(), kScoreRows, kTileRows);
+  const Pieces tiles(rows.size(), kScoreRows<E>, kTileRows<E>);
   Scratch scratch;
   ForwardBuffers<E> buffers{};
   buffers.q = scratch.take<E>(rows.size() * operand_stride<E>(d));
@@ -163,9 +166,9 @@ void forward_rows(const AttentionForward& p, const HeadGroup& group, Range rows)
   const int64_t most_keys = block_keys<E>(d);
   buffers.key_panels = scratch.take<E>(panel_size<E>(units<E>(d), most_keys));
   buffers.value_panels = scratch.take<E>(panel_size<E>(units<E>(most_keys), d));
-  buffers.scores = scratch.take<T>(kScoreRows * kScoreStride<T>);
+  buffers.scores = scratch.take<T>(kScoreRows<E> * kScoreStride<T>);
   if constexpr (kIsPair<E>) {
-    buffers.weights = scratch.take<E>(kScoreRows * kScoreStride<E>);
+    buffers.weights = scratch.take<E>(kScoreRows<E> * kScoreStride<E>);
   } else {
     buffers.weights = buffers.scores;
   }
@@ -193,7 +196,7 @@ void forward_rows(const AttentionForward& p, const HeadGroup& group, Range rows)
 
 template <class E>
 void forward_many(const AttentionForward& p) {
-  const Pieces rows = task_rows(p.shape);
+  const Pieces rows = task_rows<E>(p.shape);
   parallel_for(HeadGroup::count(p.shape) * rows.count, [&](int64_t task) {
     // Later rows of a causal head see more keys. Taken alternately from both ends, any stretch of tasks that
     // a thread is handed costs about the same.
