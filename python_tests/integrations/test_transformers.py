@@ -327,6 +327,33 @@ def test_generate_gives_the_same_tokens(family, cache, padding):
     assert "transformers attention" not in lwft_kernels.stats()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "t5"])
+@pytest.mark.parametrize("options", [
+    {"num_beams": 3, "do_sample": False},
+    {"do_sample": True, "top_k": 20},
+    {"do_sample": False, "use_cache": False},
+    {"do_sample": False, "prompt_lookup_num_tokens": 3},
+    {"do_sample": False, "output_attentions": True, "return_dict_in_generate": True},
+], ids=lambda options: "-".join(options))  # fmt: skip
+def test_other_ways_to_generate(family, options):
+    model = build(family).eval()
+    inputs = {k: v for k, v in batch(family, "left").items() if k != "labels"}
+    if "prompt_lookup_num_tokens" in options:  # for one sentence only
+        inputs = {k: v[1:2] for k, v in inputs.items()}
+    if "output_attentions" in options:
+        model.set_attn_implementation("eager")
+
+    def generate():
+        torch.manual_seed(0)
+        found = model.generate(**inputs, max_new_tokens=7, **options)
+        return found if isinstance(found, torch.Tensor) else found.sequences
+
+    expected = generate()
+    lwft_kernels.accelerate(model)
+    assert torch.equal(generate(), expected)
+    assert lwft_kernels.stats()
+
+
 def test_a_cache_that_was_filled_goes_on():
     model = build("mistral").eval()  # a window of 4
     ids = batch("mistral")["input_ids"]
