@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 
@@ -164,7 +163,7 @@ def _call(run: Run, arguments: Arguments, backward: bool) -> Callable[[], object
 
 def _who_answered() -> tuple[str, tuple[str, ...]]:
     """The backend of our calls since the statistics were reset, and why the fast path was declined if it was."""
-    counts: list[dict[str, Any]] = list(lwft_kernels.stats().values())
+    counts = list(lwft_kernels.stats().values())
     declined = tuple(dict.fromkeys(reason for count in counts for reason in count["declined"]))
     native = any(count["fast"] for count in counts)
     return "reference" if declined else "native" if native else "-", declined

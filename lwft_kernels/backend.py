@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,6 +22,14 @@ BACKENDS = ("auto", "native", "reference")
 
 _LIBRARY = Path(__file__).parent / "_C.so"
 _PROBE = "add_layer_norm_forward"  # any op of the library tells whether a copy of it is loaded already
+
+
+class Counts(TypedDict):
+    """The calls of one op: how many a fast path served, and how many not, by reason."""
+
+    fast: int
+    declined: dict[str, int]
+
 
 _fast: Counter[str] = Counter()
 _declined: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -159,7 +168,7 @@ def record_decline(op: str, reason: str) -> None:
         _declined[op][reason] += 1
 
 
-def stats() -> dict[str, dict[str, object]]:
+def stats() -> dict[str, Counts]:
     """Calls since the start or `reset_stats`, by op: ``{"fast": count, "declined": {reason: count}}``."""
     return {op: {"fast": _fast[op], "declined": dict(_declined.get(op, {}))} for op in sorted({*_fast, *_declined})}
 
@@ -168,6 +177,18 @@ def reset_stats() -> None:
     """Set every count of `stats` to zero."""
     _fast.clear()
     _declined.clear()
+
+
+@contextmanager
+def not_counted() -> Iterator[None]:
+    """Calls inside leave the counts of `stats` as they were: those of a self-test are not the user's."""
+    fast, declined = Counter(_fast), {op: Counter(reasons) for op, reasons in _declined.items()}
+    try:
+        yield
+    finally:
+        reset_stats()
+        _fast.update(fast)
+        _declined.update(declined)
 
 
 def describe() -> dict[str, object]:

@@ -1,43 +1,36 @@
-"""`accelerate` and `explain`: ask every library's file what it would change, and change it."""
+"""`accelerate`, `accelerated` and `explain`: ask every library's room what it would change, and change it."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from lwft_kernels.integrations.report import Change, Report
 
-
-def _plans(model: nn.Module, attention: bool, lora: bool) -> tuple[list[Change], dict[str, str]]:
-    """What there is to change. A library that was not imported cannot have made a part of the model."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
-    changes: list[Change] = []
-    versions = {"torch": str(torch.__version__)}
-    for library, wanted in (("transformers", attention), ("peft", lora)):
-        if library in sys.modules and hasattr(sys.modules[library], "__version__"):
-            versions[library] = sys.modules[library].__version__
-            if wanted:
-                changes += _plan(library, versions[library], model)
-    return changes, versions
+# The rooms, in the order in which they are asked: their library, and the keyword that switches them off.
+_ROOMS = (
+    ("transformers", "transformers", "attention"),
+    ("peft", "peft", "lora"),
+)
 
 
-def _plan(library: str, version: str, model: nn.Module) -> list[Change]:
-    try:
-        room = importlib.import_module(f"lwft_kernels.integrations.{library}")
-    except ImportError as error:  # a release without what the room builds on
-        return [Change("", library, reason=f"{library} {version} is not supported: {error}")]
-    changes: list[Change] = room.plan(model)
-    return changes
-
-
-def accelerate(model: nn.Module, *, attention: bool = True, lora: bool = True) -> Report:
+def accelerate(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    lora: bool = True,
+    adapters: bool = True,
+    torch_nn: bool = True,
+    strict: bool = False,
+) -> Report:
     """Put the kernels into `model`, in place.
 
-    - transformers 5.x: every attention that goes through the attention interface computes with
+    - transformers: every attention that goes through the attention interface computes with
       `lwft_kernels.functional.attention`.
     - PEFT: every `lora.Linear` computes with `lora_linear`, or `lora_delta_` where the base layer is not a
       plain frozen `nn.Linear`.
@@ -48,7 +41,11 @@ def accelerate(model: nn.Module, *, attention: bool = True, lora: bool = True) -
 
     Args:
         model: any module; a `PreTrainedModel`, a `PeftModel`, or one that contains them.
-        attention, lora: which of the two to replace.
+        attention: the attention of transformers models.
+        lora: the layers of PEFT.
+        adapters: the layers of AdapterHub's adapters.
+        torch_nn: the modules of torch.nn.
+        strict: leave what lwft_kernels was not tested with as it is, even where its self-test would pass.
 
     Returns:
         the `Report`: a table when printed, and ``undo()``.
@@ -56,16 +53,73 @@ def accelerate(model: nn.Module, *, attention: bool = True, lora: bool = True) -
     Raises:
         TypeError: `model` is not a module.
     """
-    changes, versions = _plans(model, attention, lora)
-    for change in changes:
-        if change.now is not None:
-            change.reason = change.apply()
-            if change.reason is not None:
-                change.now = None
-    return Report(changes, versions, applied=True)
+    changes, versions = _plans(model, {"attention": attention, "lora": lora}, strict)
+    applied: list[Change] = []
+    try:
+        for change in changes:
+            if change.now is not None:
+                applied.append(change)
+                change.reason = change.apply()
+                if change.reason is not None:
+                    change.now = None
+    except BaseException:  # half a model is nobody's
+        for change in reversed(applied):
+            change.revert()
+        raise
+    return Report(model, changes, versions, applied=True)
 
 
-def explain(model: nn.Module, *, attention: bool = True, lora: bool = True) -> Report:
+@contextmanager
+def accelerated(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    lora: bool = True,
+    adapters: bool = True,
+    torch_nn: bool = True,
+    strict: bool = False,
+) -> Iterator[Report]:
+    """`accelerate(model)` for the length of a ``with`` block; what it replaced is restored however the block ends."""
+    report = accelerate(model, attention=attention, lora=lora, adapters=adapters, torch_nn=torch_nn, strict=strict)
+    try:
+        yield report
+    finally:
+        report.undo()
+
+
+def explain(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    lora: bool = True,
+    adapters: bool = True,
+    torch_nn: bool = True,
+    strict: bool = False,
+) -> Report:
     """The report that `accelerate` would give, changing nothing."""
-    changes, versions = _plans(model, attention, lora)
-    return Report(changes, versions, applied=False)
+    changes, versions = _plans(model, {"attention": attention, "lora": lora}, strict)
+    return Report(model, changes, versions, applied=False)
+
+
+def _plans(model: nn.Module, wanted: dict[str, bool], strict: bool) -> tuple[list[Change], dict[str, str]]:
+    """What there is to change. A library that was not imported cannot have made a part of the model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
+    changes: list[Change] = []
+    versions = {"torch": str(torch.__version__)}
+    for room, library, keyword in _ROOMS:
+        # A directory of the same name, not yet a library, has no version.
+        if library in sys.modules and hasattr(sys.modules[library], "__version__"):
+            versions[library] = str(sys.modules[library].__version__)
+            if wanted[keyword]:
+                changes += _plan(room, f"{library} {versions[library]}", model, strict)
+    return changes, versions
+
+
+def _plan(room: str, library: str, model: nn.Module, strict: bool) -> list[Change]:
+    try:
+        module = importlib.import_module(f"lwft_kernels.integrations.{room}")
+    except ImportError as error:  # a release without what the room builds on
+        return [Change("", library, reason=f"{library} is not supported: {error}")]
+    changes: list[Change] = module.plan(model, strict=strict)
+    return changes

@@ -135,7 +135,7 @@ def _is_plain_frozen_linear(base: nn.Module) -> bool:
     )
 
 
-def plan(model: nn.Module) -> list[Change]:
+def plan(model: nn.Module, *, strict: bool = False) -> list[Change]:
     """A change per LoRA layer of `model`; those that are not exactly PEFT's `lora.Linear` are left alone."""
     changes = []
     for name, module in model.named_modules():

@@ -157,7 +157,7 @@ def _original(
     return out
 
 
-def plan(model: nn.Module) -> list[Change]:
+def plan(model: nn.Module, *, strict: bool = False) -> list[Change]:
     """A change per attention module of every `PreTrainedModel` in `model`."""
     changes: list[Change] = []
     seen: list[str] = []
