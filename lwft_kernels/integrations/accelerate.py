@@ -16,6 +16,7 @@ from lwft_kernels.integrations.report import Change, Report
 _ROOMS = (
     ("transformers", "transformers", "attention"),
     ("peft", "peft", "lora"),
+    ("torch_nn", "torch", "torch_nn"),
 )
 
 
@@ -34,6 +35,8 @@ def accelerate(
       `lwft_kernels.functional.attention`.
     - PEFT: every `lora.Linear` computes with `lora_linear`, or `lora_delta_` where the base layer is not a
       plain frozen `nn.Linear`.
+    - torch.nn: every `nn.MultiheadAttention` computes with `attention`, and every encoder and decoder layer whose norms
+      come last with `add_layer_norm`.
 
     A call that a kernel cannot serve is computed by the library's own code and counted, with the reason, in
     `lwft_kernels.stats`. state_dict, checkpoints, hooks and `save_pretrained` are unchanged. Calling it again
@@ -53,7 +56,7 @@ def accelerate(
     Raises:
         TypeError: `model` is not a module.
     """
-    changes, versions = _plans(model, {"attention": attention, "lora": lora}, strict)
+    changes, versions = _plans(model, {"attention": attention, "lora": lora, "torch_nn": torch_nn}, strict)
     applied: list[Change] = []
     try:
         for change in changes:
@@ -97,7 +100,7 @@ def explain(
     strict: bool = False,
 ) -> Report:
     """The report that `accelerate` would give, changing nothing."""
-    changes, versions = _plans(model, {"attention": attention, "lora": lora}, strict)
+    changes, versions = _plans(model, {"attention": attention, "lora": lora, "torch_nn": torch_nn}, strict)
     return Report(model, changes, versions, applied=False)
 
 

@@ -7,15 +7,19 @@ from torch import Tensor, nn
 
 from lwft_kernels import backend, checks, registration
 from lwft_kernels import functional as LF
+from lwft_kernels.integrations import reached
 from lwft_kernels.integrations.class_swap import has_hooks, is_plain
 
 _OP = "residual and LayerNorm"  # as declined calls are named in stats()
 
 
-def add_and_norm(residual: Tensor, sublayer_out: Tensor, dropout: nn.Module | None, norm: nn.Module) -> Tensor:
+def add_and_norm(
+    owner: nn.Module, residual: Tensor, sublayer_out: Tensor, dropout: nn.Module | None, norm: nn.Module
+) -> Tensor:
     """norm(residual + dropout(sublayer_out)) by `add_layer_norm`, or by the modules themselves.
 
     Args:
+        owner: the replaced module that computes it, which counts as reached when the op does.
         residual, sublayer_out: (..., d).
         dropout: the module that drops elements of `sublayer_out`; None where there is none.
         norm: the module that normalises.
@@ -28,6 +32,7 @@ def add_and_norm(residual: Tensor, sublayer_out: Tensor, dropout: nn.Module | No
         declined: Tensor = norm(residual + sublayer_out)
         return declined
     assert isinstance(norm, nn.LayerNorm)
+    reached.mark(owner)
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     return LF.add_layer_norm(residual, sublayer_out, norm.weight, norm.bias, norm.eps, dropout_p=p)
 

@@ -3,11 +3,14 @@ the parts of a module instead of calling them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from lwft_kernels.integrations import drift
 from lwft_kernels.integrations.report import Change
 
 
@@ -27,6 +30,24 @@ def swapped(name: str, module: nn.Module, ours: type[nn.Module], now: str) -> Ch
             module.__class__ = theirs
 
     return Change(name, described(theirs), now, apply=apply, revert=revert)
+
+
+def difference(
+    module: nn.Module, ours: type[nn.Module], calls: Callable[[nn.Module], Mapping[str, Tensor]]
+) -> str | None:
+    """What `module`, of float64, and the same one swapped differ in, or None: for the self-test of the drift guard.
+
+    Compared are the results of `calls`, by name, and the gradients of the parameters.
+    """
+    found = []
+    for kind in (type(module), ours):
+        module.__class__ = kind
+        results = calls(module)
+        total = torch.cat([out.flatten() * torch.linspace(-1, 1, out.numel()) for out in results.values()]).sum()
+        # all in one: that of a key's bias is nothing but rounding errors, however it is computed
+        gradients = [gradient.flatten() for gradient in torch.autograd.grad(total, list(module.parameters()))]
+        found.append({**results, "the gradient of the parameters": torch.cat(gradients)})
+    return drift.first_difference(found[1], found[0])
 
 
 def described(kind: type) -> str:

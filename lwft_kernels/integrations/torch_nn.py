@@ -16,7 +16,7 @@ from lwft_kernels import backend, checks, registration
 from lwft_kernels.attention import modules
 from lwft_kernels.integrations import drift, reached
 from lwft_kernels.integrations.add_and_norm import add_and_norm
-from lwft_kernels.integrations.class_swap import described, is_plain, swapped
+from lwft_kernels.integrations.class_swap import described, difference, is_plain, swapped
 from lwft_kernels.integrations.report import Change
 
 
@@ -66,13 +66,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             backend.record_decline("nn.TransformerEncoderLayer", reason)
             declined: Tensor = super().forward(src, src_mask, src_key_padding_mask, is_causal)
             return declined
-        reached.mark(self)
         attended = self.self_attn(
             src, src, src,
             attn_mask=src_mask, key_padding_mask=src_key_padding_mask, need_weights=False, is_causal=is_causal,
         )[0]  # fmt: skip
-        x = add_and_norm(src, attended, self.dropout1, self.norm1)
-        return add_and_norm(x, _feed_forward(self, x), self.dropout2, self.norm2)
+        x = add_and_norm(self, src, attended, self.dropout1, self.norm1)
+        return add_and_norm(self, x, _feed_forward(self, x), self.dropout2, self.norm2)
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -98,19 +97,18 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 tgt_is_causal, memory_is_causal,
             )  # fmt: skip
             return declined
-        reached.mark(self)
         attended = self.self_attn(
             tgt, tgt, tgt,
             attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal, need_weights=False,
         )[0]  # fmt: skip
-        x = add_and_norm(tgt, attended, self.dropout1, self.norm1)
+        x = add_and_norm(self, tgt, attended, self.dropout1, self.norm1)
         attended = self.multihead_attn(
             x, memory, memory,
             attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask, is_causal=memory_is_causal,
             need_weights=False,
         )[0]  # fmt: skip
-        x = add_and_norm(x, attended, self.dropout2, self.norm2)
-        return add_and_norm(x, _feed_forward(self, x), self.dropout3, self.norm3)
+        x = add_and_norm(self, x, attended, self.dropout2, self.norm2)
+        return add_and_norm(self, x, _feed_forward(self, x), self.dropout3, self.norm3)
 
 
 def _feed_forward(layer: Any, x: Tensor) -> Tensor:
@@ -301,7 +299,7 @@ def _attention_upstream() -> drift.Upstream:
         "torch.nn.MultiheadAttention.forward",
         (nn.MultiheadAttention.forward, nn.functional.multi_head_attention_forward),
         frozenset({"5fcb6bea738b4228"}),
-        lambda: _differs(_tiny_attention, MultiheadAttention),
+        _self_test_of_attention,
     )
 
 
@@ -311,7 +309,7 @@ def _encoder_upstream() -> drift.Upstream:
         "torch.nn.TransformerEncoderLayer.forward",
         (layer.forward, layer._sa_block, layer._ff_block),
         frozenset({"8033a434d582cbf0"}),
-        lambda: _differs(_tiny_encoder, TransformerEncoderLayer),
+        _self_test_of_encoder,
     )
 
 
@@ -321,11 +319,11 @@ def _decoder_upstream() -> drift.Upstream:
         "torch.nn.TransformerDecoderLayer.forward",
         (layer.forward, layer._sa_block, layer._mha_block, layer._ff_block),
         frozenset({"c5aeb844b3b1d480"}),
-        lambda: _differs(_tiny_decoder, TransformerDecoderLayer),
+        _self_test_of_decoder,
     )
 
 
-def _tiny_attention() -> tuple[nn.Module, Callable[[nn.Module], Mapping[str, Tensor]]]:
+def _self_test_of_attention() -> str | None:
     module = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
     x, memory = (torch.randn(3, n, 8, dtype=torch.float64) for n in (5, 4))
     hidden = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 1, 1]], dtype=torch.bool)
@@ -337,40 +335,26 @@ def _tiny_attention() -> tuple[nn.Module, Callable[[nn.Module], Mapping[str, Ten
             "cross-attention": attend(x, memory, memory, key_padding_mask=hidden, need_weights=False)[0],
         }
 
-    return module, calls
+    return difference(module, MultiheadAttention, calls)
 
 
-def _tiny_encoder() -> tuple[nn.Module, Callable[[nn.Module], Mapping[str, Tensor]]]:
+def _self_test_of_encoder() -> str | None:
     module = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
     x = torch.randn(3, 5, 8, dtype=torch.float64)
     hidden = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 1, 1, 1, 1]], dtype=torch.bool)
-    return module, lambda layer: {"out": layer(x, src_key_padding_mask=hidden)}
+    return difference(module, TransformerEncoderLayer, lambda layer: {"out": layer(x, src_key_padding_mask=hidden)})
 
 
-def _tiny_decoder() -> tuple[nn.Module, Callable[[nn.Module], Mapping[str, Tensor]]]:
+def _self_test_of_decoder() -> str | None:
     module = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
     x, memory = (torch.randn(3, n, 8, dtype=torch.float64) for n in (5, 4))
     later = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
     hidden = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 1, 1]], dtype=torch.bool)
-    return module, lambda layer: {
-        "out": layer(x, memory, tgt_mask=later, tgt_is_causal=True, memory_key_padding_mask=hidden)
-    }
 
+    def calls(layer: nn.Module) -> Mapping[str, Tensor]:
+        return {"out": layer(x, memory, tgt_mask=later, tgt_is_causal=True, memory_key_padding_mask=hidden)}
 
-def _differs(
-    tiny: Callable[[], tuple[nn.Module, Callable[[nn.Module], Mapping[str, Tensor]]]], ours: type[nn.Module]
-) -> str | None:
-    """What a tiny module of torch and the same one swapped differ in: outputs, and gradients of the parameters."""
-    module, calls = tiny()
-    found = []
-    for kind in (type(module), ours):
-        module.__class__ = kind
-        outputs = dict(calls(module))
-        total = torch.cat([out.flatten() * torch.linspace(-1, 1, out.numel()) for out in outputs.values()]).sum()
-        names, parameters = zip(*module.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(total, parameters)
-        found.append({**outputs, **{f"the gradient of {n}": g for n, g in zip(names, gradients, strict=True)}})
-    return drift.first_difference(found[1], found[0])
+    return difference(module, TransformerDecoderLayer, calls)
 
 
 _SWAPS: dict[type[nn.Module], tuple[type[nn.Module], str, Callable[[], drift.Upstream]]] = {

@@ -299,7 +299,7 @@ def test_what_torch_refuses_it_refuses_itself(arguments):
     module, x = attention(), torch.randn(B, S, E)
     errors = []
     for _ in range(2):
-        with pytest.raises(Exception) as raised:  # noqa: PT011
+        with pytest.raises(Exception) as raised:
             attend(module, x, x, x, **arguments)
         errors.append((raised.type, str(raised.value)))
         lwft_kernels.accelerate(module)
@@ -565,7 +565,7 @@ def test_parts_that_are_not_torchs_are_called(name, part, words):
         assert str(ours.value) == str(theirs.value)
         return
     torch.testing.assert_close(layer(x), reference(x))
-    fast, reasons = counts()["residual and LayerNorm"]
+    reasons = counts()["residual and LayerNorm"][1]
     assert len(reasons) == 1 and words in reasons.pop()
 
 
