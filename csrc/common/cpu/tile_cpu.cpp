@@ -28,7 +28,7 @@ void clear_rows(int64_t m, int64_t columns, T* c, int64_t ldc) {
 constexpr int kSums = kVectorRegisters == 32 ? 24 : 12;
 // A narrow tile has more rows, so that it still has enough independent sums.
 constexpr int tile_rows(int vectors) { return minimum(12, kSums / vectors); }
-static_assert(tile_rows(kPanelVectors) == kTileRows);
+static_assert(tile_rows(kPanelVectors) == kTileRows<float>);
 
 // How the tile multiplies elements of T: a vector of them, one of them in all lanes, and the sum.
 template <class T>
