@@ -134,7 +134,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _split_heads(self, projected: Tensor) -> Tensor:
         """(B, S, E) or (S, B, E) -> (B, H, S, D), a view the op reads as it is."""
-        split: Tensor = projected.unflatten(-1, (self.num_heads, self.head_dim))
+        split = projected.view(*projected.shape[:-1], self.num_heads, self.head_dim)
         return split.transpose(1, 2) if self.batch_first else split.permute(1, 2, 0, 3)
 
     def _merge_heads(self, heads: Tensor) -> Tensor:

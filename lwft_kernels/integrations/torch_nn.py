@@ -129,10 +129,9 @@ def _why_not_attention(
     """Why the op cannot serve this call, or None."""
     if need_weights:
         return "need_weights=True asks for the attention matrix; pass need_weights=False"
-    if any(type(t) not in _PLAIN for t in (query, key, value)):
-        return "the input is not a plain tensor"
-    if query.is_nested or key.is_nested or value.is_nested:
-        return "nested tensors"
+    for tensor in (query, key, value, key_padding_mask, attn_mask):
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_nested):
+            return "an argument is not a plain tensor"
     reason = _why_not_shapes(module, query, key, value, key_padding_mask, attn_mask)
     if reason is not None:
         return reason
@@ -145,11 +144,10 @@ def _why_not_attention(
         floating = any(m is not None and m.dtype != torch.bool for m in (key_padding_mask, attn_mask))
         if not floating and _torch_is_faster(query, attn_mask, key_padding_mask):
             return _FASTER
-    weights: list[Tensor | None] = [module.in_proj_weight, module.in_proj_bias]
-    weights += [module.out_proj.weight, module.out_proj.bias]
-    weights += [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight, module.bias_k, module.bias_v]
-    if not all(weight is None or is_plain(weight) for weight in weights):
-        return "the weights are sharded or of a tensor subclass"
+    for part in (module, module.out_proj):
+        for weight in part._parameters.values():
+            if weight is not None and not is_plain(weight):
+                return "the weights are sharded or of a tensor subclass"
     if not torch.compiler.is_compiling():
         if registration.transforms_active():
             return "a torch.func transform or forward-mode AD is under way"
@@ -170,21 +168,22 @@ def _why_not_shapes(
 ) -> str | None:
     """Whether these are shapes and dtypes that torch takes; what it refuses, it refuses itself."""
     refused = "torch.nn refuses it"
-    if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
+    dims = query.dim()
+    if dims not in (2, 3) or query.dtype not in checks.FLOATING or query.shape[-1] != module.embed_dim:
         return refused
-    if query.dtype not in checks.FLOATING or query.device != key.device or query.device != value.device:
-        return refused
-    token = 0 if query.dim() == 2 else 1 if module.batch_first else 0
-    batch = 1 if query.dim() == 2 else query.shape[1 - token]
-    queries, keys = query.shape[token], key.shape[token]
-    if query.shape[-1] != module.embed_dim or key.shape[:-1] != value.shape[:-1]:
-        return refused
-    if query.dim() == 3 and key.shape[1 - token] != batch:
-        return refused
+    token = 1 if module.batch_first and dims == 3 else 0
+    batch = 1 if dims == 2 else query.shape[1 - token]
+    queries = keys = query.shape[token]
+    if key is not query or value is not key:
+        if key.dim() != dims or key.shape[:-1] != value.shape[:-1] or not query.device == key.device == value.device:
+            return refused
+        keys = key.shape[token]
+        if dims == 3 and key.shape[1 - token] != batch:
+            return refused
     if key_padding_mask is not None:
         if key_padding_mask.dtype != torch.bool and key_padding_mask.dtype not in checks.FLOATING:
             return refused
-        if key_padding_mask.shape != ((batch, keys) if query.dim() == 3 else (keys,)):
+        if key_padding_mask.shape != ((batch, keys) if dims == 3 else (keys,)):
             return refused
     if attn_mask is not None:
         if attn_mask.dtype != torch.bool and attn_mask.dtype not in checks.FLOATING:

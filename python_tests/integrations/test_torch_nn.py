@@ -313,6 +313,7 @@ def test_subclasses_of_tensors_and_transforms_are_torchs():
     module, x = attention(), torch.randn(B, S, E)
     lwft_kernels.accelerate(module)
     assert isinstance(attend(module, *[x.as_subclass(Named)] * 3), Named)
+    attend(module, x, x, x, attn_mask=torch.zeros(S, S).as_subclass(Named))
 
     def loss(x):
         return attend(module, x, x, x).square().sum()
@@ -611,6 +612,21 @@ def test_undo_leaves_what_somebody_else_has_done():
     assert type(layer) is derived and type(layer.self_attn) is nn.MultiheadAttention
 
 
+def test_the_report_knows_who_was_never_reached():
+    model = nn.ModuleList([encoder_layer(), decoder_layer(), attention()])
+    report = lwft_kernels.accelerate(model)
+    names = [change.module for change in report.unreached()]
+    assert names == ["0", "0.self_attn", "1", "1.self_attn", "1.multihead_attn", "2"]
+    x = torch.randn(B, S, E)
+    model[0](x)
+    model[2](x, x, x)  # wants the weights: declined
+    assert [change.module for change in report.unreached()] == names[2:]
+    model[1](x, x)
+    assert [change.module for change in report.unreached()] == ["2"]
+    attend(model[2], x, x, x)
+    assert not report.unreached()
+
+
 class Relative(nn.MultiheadAttention):
     pass
 
@@ -710,3 +726,26 @@ def test_the_self_test_notices_another_upstream(upstream, kind, broken, monkeypa
     original = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: broken(original(self, *args, **kwargs)))
     assert "differs" in upstream().self_test()
+
+
+# With PEFT
+
+
+def test_adapters_inside_a_layer_are_not_left_out():
+    peft = pytest.importorskip("peft")
+    x = torch.randn(B, S, E)
+    for target in ("linear1", "self_attn"):
+        config = peft.LoraConfig(target_modules=[target], init_lora_weights=False)
+        model = peft.get_peft_model(stack(), config)
+        expected = model.train()(x)  # there is no dropout: training is evaluation
+        report = lwft_kernels.accelerate(model, lora=False)
+        reasons = {c.module.rpartition("layers.0.")[2]: c.reason for c in report.changes}
+        if target == "self_attn":
+            assert "PEFT's MultiheadAttention around it" in reasons["self_attn.base_layer"]
+        else:
+            assert reasons["self_attn"] is None
+        model.eval()
+        for mode in (torch.no_grad, torch.enable_grad):
+            with mode():
+                # torch's op for a whole layer would give what the base model gives
+                torch.testing.assert_close(model(x), expected)
