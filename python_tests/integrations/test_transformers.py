@@ -335,7 +335,7 @@ def test_a_second_call_finds_nothing_new():
     assert model.config._attn_implementation == "lwft"
 
 
-def test_attention_sinks_go_to_the_library():
+def test_attention_sinks():
     config = transformers.GptOssConfig(
         **GROUPED, num_local_experts=2, num_experts_per_tok=1, layer_types=["sliding_attention", "full_attention"],
         sliding_window=4,
