@@ -16,6 +16,7 @@ from lwft_kernels.integrations.report import Change, Report
 _ROOMS = (
     ("transformers", "transformers", "attention"),
     ("peft", "peft", "lora"),
+    ("adapters", "adapters", "adapters"),
 )
 
 
@@ -53,7 +54,7 @@ def accelerate(
     Raises:
         TypeError: `model` is not a module.
     """
-    changes, versions = _plans(model, {"attention": attention, "lora": lora}, strict)
+    changes, versions = _plans(model, {"attention": attention, "lora": lora, "adapters": adapters}, strict)
     applied: list[Change] = []
     try:
         for change in changes:
@@ -97,7 +98,7 @@ def explain(
     strict: bool = False,
 ) -> Report:
     """The report that `accelerate` would give, changing nothing."""
-    changes, versions = _plans(model, {"attention": attention, "lora": lora}, strict)
+    changes, versions = _plans(model, {"attention": attention, "lora": lora, "adapters": adapters}, strict)
     return Report(model, changes, versions, applied=False)
 
 
