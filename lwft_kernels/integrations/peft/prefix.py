@@ -340,7 +340,7 @@ class FusedAdaptedAttention(adaption.AdaptedAttention):
         attention: Any = self.model
         project = attention.o_proj
         # one product for both where the layer is linear, and nothing else
-        at_once = type(project) is nn.Linear and project.bias is None and not has_hooks(project)
+        at_once = type(project) is nn.Linear and project._parameters["bias"] is None and not has_hooks(project)
         key, value = (_heads(part(self.adaption_prompt), attention) for part in (attention.k_proj, attention.v_proj))
         beside = _Beside(key, value, self.adaption_gate, at_once)
         output, *rest = attention(**kwargs, **{attention_room.INSTEAD: beside})
