@@ -21,6 +21,9 @@ from lwft_kernels.integrations.transformers.packing import Packing, by_sequence
 
 _OP = "transformers attention"  # as declined calls are named in stats()
 
+# The argument by which another room's function is called in the place of ours, from within the model's attention
+INSTEAD = "lwft_instead"
+
 # Arguments that change the result and that the op does not know; others that models hand along do not.
 _SPARSE = ("block_indices", "indices")  # known to neither SDPA nor eager
 _EAGER = ("s_aux", "sinks", "softcap", "head_mask")  # known to the eager function of the model, and not to SDPA
@@ -42,6 +45,12 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """The attention function models call; its arguments are transformers'. Returns ((B, S, H, D), None)."""
+    if (instead := kwargs.pop(INSTEAD, None)) is not None:
+        result: tuple[Tensor, Any] = instead(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
+            position_bias=position_bias, softcap=softcap, s_aux=s_aux, **kwargs,
+        )  # fmt: skip
+        return result
     for name in _SPARSE:
         if kwargs.get(name) is not None:  # SDPA would attend to everything and not say so
             raise NotImplementedError(f"attention over {name} only is not supported: use accelerate(attention=False)")
