@@ -1,7 +1,7 @@
 """DoRA (Liu et al. 2024, eq. 5): a LoRA layer whose rows are scaled to learned magnitudes.
 
 With W' = W + s B A and m = magnitude / |W'|, by rows: base bias + m * (x W'^T). As PEFT does it, the norm is held
-constant in backward (section 4.3), and where the adapter has dropout it falls on what m - 1 multiplies as well.
+constant in backward (section 4.3), and the adapter's dropout falls on the x of base + (m - 1) x W^T + m s x A^T B^T.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lwft_kernels.integrations.class_swap import has_hooks, is_plain
 _TILE = 65536  # elements of W' that exist at a time: small enough for any second-level cache
 
 
-def why_not(module: Any, name: str, plain_base: bool) -> str | None:
+def why_not(module: Any, name: str) -> str | None:
     """Why the variant of adapter `name` cannot be served, or None."""
     variant = type(module.lora_variant[name])
     if variant is not DoraLinearVariant:
@@ -29,49 +29,66 @@ def why_not(module: Any, name: str, plain_base: bool) -> str | None:
     magnitude = module.lora_magnitude_vector[name]
     if type(magnitude) is not peft_dora.DoraLinearLayer or not is_plain(magnitude.weight) or has_hooks(magnitude):
         return "the DoRA layer is hooked, sharded or of another class"
-    if not plain_base:
-        return "DoRA on a base that is not a plain linear layer"
+    base = module.base_layer
+    if type(base) not in (nn.Linear, Conv1D) or not is_plain(base.weight):
+        return f"DoRA on a {type(base).__name__} with weights that are not a plain matrix"
     if module.lora_B[name].bias is not None:
         return "DoRA with lora_bias"
-    if magnitude.weight.device != module.base_layer.weight.device:
+    if magnitude.weight.device != base.weight.device:
         return "magnitude and base are on different devices"
     if peft_dora.ENABLE_DORA_CACHING and not module.training:
         return "DoRA caching is on"  # PEFT then has nothing left to compute that could be saved
     return None
 
 
-def takes_base(module: Any, name: str) -> bool:
-    """Whether `forward` wants the base computed together with the branch: not where dropout parts the two."""
-    return not (module.training and isinstance(module.lora_dropout[name], nn.Dropout))
-
-
-def forward(module: Any, name: str, x: Tensor, result: Tensor | None) -> Tensor:
+def forward(module: Any, name: str, x: Tensor, result: Tensor) -> Tensor:
     """`result` with the DoRA adapter `name` applied.
 
     Args:
         x: (..., d_in).
-        result: (..., d_out), what the base and earlier adapters gave, overwritten; None to compute the base here.
+        result: (..., d_out), what the base and earlier adapters gave.
     """
-    base, scale = module.base_layer, module.scaling[name]
+    base, drop, scale = module.base_layer, module.lora_dropout[name], module.scaling[name]
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    weight, bias = (base.weight.t() if type(base) is Conv1D else base.weight), base.bias
+    weight = base.weight.t() if type(base) is Conv1D else base.weight
     magnitude = module.lora_magnitude_vector[name].weight
     norm = weight_norm(weight.detach(), a.detach(), b.detach(), scale)
     m = (magnitude / norm).to(magnitude.dtype)
-    if not takes_base(module, name):
-        assert result is not None
-        dropped = module.lora_dropout[name](x)
-        out = result + (m - 1) * F.linear(dropped, weight)
-        return LF.lora_delta_(out, dropped, a, m[:, None] * b, scale=scale).to(result.dtype)
-    if result is None:
-        product = LF.lora_linear(x, weight, None, a, b, scale=scale)
+    # The branch is multiplied by m through its B, so that its gradient is not rounded to the dtype of the result.
+    if module.training and isinstance(drop, nn.Dropout) and drop.training and drop.p:
+        # not x / (1 - p), which 16 bits would round
+        x = x * torch.empty_like(x).bernoulli_(1 - drop.p)
+        gain = 1 / (1 - drop.p) if drop.p < 1 else 0.0
+        scale = scale * gain
+        wide = x.dtype != a.dtype and not torch.is_autocast_enabled(x.device.type)
+        product: Tensor = _WideProduct.apply(x, weight, a.dtype) if wide else F.linear(x, weight)
+        out = result + (m - 1) * gain * product
+    elif base.bias is None:
+        out = result * m
+    elif result.dtype == m.dtype == base.bias.dtype:
+        out = torch.addcmul(base.bias * (1 - m), result, m)
     else:
-        product = LF.lora_delta_(result if bias is None else result - bias, x, a, b, scale=scale)
-    if bias is None:
-        return (product * m).to(product.dtype)
-    if product.dtype == m.dtype == bias.dtype:
-        return torch.addcmul(bias, product, m)
-    return (product * m + bias).to(product.dtype)
+        out = result * m + base.bias * (1 - m)
+    return LF.lora_delta_(out, x, a, m[:, None] * b, scale=scale).to(result.dtype)
+
+
+class _WideProduct(torch.autograd.Function):
+    """x weight^T in a wider dtype than theirs, of which backward keeps no copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        dx = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = (grad.flatten(0, -2).t() @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
+        return dx, dweight, None
 
 
 def weight_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -192,9 +192,7 @@ def _sum(
     result: Tensor | None = None
     for branch in branches:
         if branch.name in module.lora_variant:
-            if result is None and not (fused and dora.takes_base(module, branch.name)):
-                result = _base_result(base, x, args, kwargs)
-            result = dora.forward(module, branch.name, x, result)
+            result = dora.forward(module, branch.name, x, base(x, *args, **kwargs) if result is None else result)
             continue
         options: dict[str, Any] = {
             "scale": branch.scale, "dropout_p": branch.dropout_p, "adapter_index": branch.index
@@ -292,7 +290,7 @@ def _why_not_adapter(module: Any, name: str, x: Tensor, mixed: bool) -> str | No
         variant = type(module.lora_variant[name]).__name__
         if mixed:
             return f"the LoRA variant {variant} in a mixed batch"
-        return dora.why_not(module, name, is_plain_linear(module.base_layer))
+        return dora.why_not(module, name)
     return None
 
 
