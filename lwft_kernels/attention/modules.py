@@ -71,7 +71,18 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         if is_causal and attn_mask is None:
             raise ValueError("MultiheadAttention: is_causal is a hint about attn_mask; pass attn_mask as well")
+        return self._fused(query, key, value, key_padding_mask, attn_mask, is_causal), None
 
+    def _fused(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        """The output, by one projection of what is one tensor, and the attention op."""
         batched = query.dim() == 3
         if not batched:
             query, key, value = (t.unsqueeze(0 if self.batch_first else 1) for t in (query, key, value))
@@ -86,7 +97,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
         out = self._merge_heads(heads)
-        return (out if batched else out.squeeze(0 if self.batch_first else 1)), None
+        return out if batched else out.squeeze(0 if self.batch_first else 1)
 
     def _why_not(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool) -> str | None:
         """The reason why the fused op cannot serve this call, or None."""

@@ -120,9 +120,7 @@ def test_beside_a_plain_adapter(order):
 @pytest.mark.parametrize("shape", [(1, 1), (300, 257), (3, 70000)], ids=str)
 def test_norm(dtype, shape):
     generator = torch.Generator().manual_seed(0)
-    weight, a, b = (
-        torch.randn(size, generator=generator).to(dtype) for size in (shape, (5, shape[1]), (shape[0], 5))
-    )
+    weight, a, b = (torch.randn(size, generator=generator).to(dtype) for size in (shape, (5, shape[1]), (shape[0], 5)))
     ours = dora.weight_norm(weight, a, b, 0.7)
     exact = torch.linalg.vector_norm(weight.double() + 0.7 * b.double() @ a.double(), dim=1)
     wide = torch.promote_types(dtype, torch.float32)

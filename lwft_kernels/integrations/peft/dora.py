@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lwft_kernels import functional as LF
 from lwft_kernels.integrations.class_swap import has_hooks, is_plain
 
+refused: str | None = None  # why PEFT's DoRA is not the one known here: set by `lora.plan`
 _TILE = 65536  # elements of W' that exist at a time: small enough for any second-level cache
 
 
@@ -26,6 +27,8 @@ def why_not(module: Any, name: str) -> str | None:
     variant = type(module.lora_variant[name])
     if variant is not DoraLinearVariant:
         return f"the LoRA variant {variant.__name__}"
+    if refused is not None:
+        return refused
     magnitude = module.lora_magnitude_vector[name]
     if type(magnitude) is not peft_dora.DoraLinearLayer or not is_plain(magnitude.weight) or has_hooks(magnitude):
         return "the DoRA layer is hooked, sharded or of another class"

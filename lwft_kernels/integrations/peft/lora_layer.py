@@ -179,9 +179,7 @@ def _mixed(module: Any, x: Tensor, adapters: list[str], names: list[str]) -> lis
     return branches
 
 
-def _sum(
-    module: Any, x: Tensor, branches: list[_Branch], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
+def _sum(module: Any, x: Tensor, branches: list[_Branch], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     base = module.base_layer
     fused = (
         not args
@@ -242,8 +240,6 @@ def _why_not(module: Any, x: Any, adapters: list[str], names: list[str] | None) 
         return "adapters are disabled"
     if module.merged:
         return "the adapter is merged"
-    if names is not None and not getattr(module, "serves_mixed_batches", True):
-        return "adapter_names given"
     if not adapters and names is None:
         return "no adapter is active"
     if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.is_nested or x.dim() < 2:
