@@ -120,8 +120,8 @@ def _active(module: Any) -> str:
 
 def _why_not(module: Any, call: _Call) -> str | None:
     """Why the adapter cannot be served by low-rank products, or None."""
-    base = module.get_base_layer()
-    out = base.out_proj
+    base: Any = module.get_base_layer()
+    out: Any = base.out_proj
     if module.disable_adapters:
         return "adapters are disabled"
     if module.merged or out.merged:
@@ -138,7 +138,9 @@ def _why_not(module: Any, call: _Call) -> str | None:
         if name in layer.lora_variant:
             return f"the LoRA variant {type(layer.lora_variant[name]).__name__}"
         factors: list[Any] = [layer.lora_A[name], layer.lora_B[name]]
-        if any(type(f) is not nn.Linear or f.bias is not None or not is_plain(f.weight) for f in factors):
+        if any(
+            type(f) is not nn.Linear or getattr(f, "bias", None) is not None or not is_plain(f.weight) for f in factors
+        ):
             return "the adapter has a bias, or weights that are not plain"
         if factors[0].weight.dtype != factors[1].weight.dtype:
             return "lora_A and lora_B differ in dtype"
