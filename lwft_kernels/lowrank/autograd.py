@@ -25,11 +25,14 @@ def _results(needs: int, *likes: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor
 
 
 def _backward_op(name: str, *args: Any) -> Any:
-    op = getattr(torch.ops.lwft, name).default
+    op = _OPS.get(name) or _OPS.setdefault(name, getattr(torch.ops.lwft, name).default)
     if torch.is_grad_enabled():  # create_graph=True, which the formula of the op itself refuses
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+_OPS: dict[str, Any] = {}  # looking one up in torch.ops takes as long as a small product
 
 
 def _hidden(x: Tensor, down: Tensor) -> Tensor:
@@ -129,9 +132,23 @@ def _lora_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[
 def _lora_linear_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 9
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3, 4))
-    results = _backward_op("lora_linear_backward", grad_out, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs)
-    return (*gradients(results, needs), None, None, None, None)
+    # not `wanted` and `gradients`: this is called for every layer of every step, and small layers feel it
+    for_x, for_weight, for_bias, for_a, for_b = ctx.needs_input_grad[:5]
+    needs = for_x | for_weight << 1 | for_bias << 2 | for_a << 3 | for_b << 4
+    dx, dweight, dbias, da, db = _backward_op(
+        "lora_linear_backward", grad_out, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs
+    )
+    return (
+        dx if for_x else None,
+        dweight if for_weight else None,
+        dbias if for_bias else None,
+        da if for_a else None,
+        db if for_b else None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 lora_linear = register(
