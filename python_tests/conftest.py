@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -29,3 +30,11 @@ def native() -> Iterator[None]:
     assert backend.library_error is None, backend.library_error
     with lwft_kernels.use_backend("native"):
         yield
+
+
+@pytest.fixture
+def without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate` leaves the sums and norms of transformers' blocks: a test of another room counts its own calls."""
+    accelerate = sys.modules["lwft_kernels.integrations.accelerate"]
+    rooms = [room for room in accelerate._ROOMS if room[0] != "transformers_blocks"]
+    monkeypatch.setattr(accelerate, "_ROOMS", rooms)

@@ -18,7 +18,7 @@ from lwft_kernels.integrations.transformers import attention_forward, upstream
 if upstream.RELEASE < (5,):
     pytest.skip("for transformers 5", allow_module_level=True)
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = pytest.mark.usefixtures("native", "without_blocks")
 
 FAMILIES = [family for family in BUILDERS if family not in ("bloom", "deberta_v2")]
 # SDPA knows neither softcap nor sinks, and eager in float64 makes NaN of a query that sees nothing

@@ -17,7 +17,7 @@ from lwft_kernels.integrations.transformers.masks import CompactMask, compact_ma
 if upstream.RELEASE >= (5,):
     pytest.skip("for transformers 4", allow_module_level=True)
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = pytest.mark.usefixtures("native", "without_blocks")
 
 FOLLOWING = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "gpt2", "gpt_neox", "opt", "bart", "mbart",
              "whisper", "vit")  # fmt: skip

@@ -20,7 +20,7 @@ from lwft_kernels.integrations.transformers.masks import CompactMask, compact_ma
 if upstream.RELEASE < (5,):
     pytest.skip("for transformers 5", allow_module_level=True)
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = pytest.mark.usefixtures("native", "without_blocks")
 
 FUNCTIONS = {
     "causal": masking_utils.causal_mask_function,
