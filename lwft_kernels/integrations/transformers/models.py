@@ -182,7 +182,6 @@ class _Switch:
 
     def _on(self) -> None:
         self.done = True
-        _register()
         try:
             self.model.set_attn_implementation(NAME)
         except (ImportError, ValueError) as error:
@@ -198,7 +197,7 @@ class _Switch:
                 config._attn_implementation_internal = implementation
 
 
-def _register() -> None:
-    # a name once registered stays: another model may be using it, and it does nothing by itself
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, compact_mask)
+# Not only where a model is switched: one that was pickled while it was accelerated asks for the name in a new process.
+# The names stay, for other models may be using them, and do nothing by themselves.
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, compact_mask)
