@@ -84,7 +84,8 @@ def number(op: str, name: str, value: object) -> float:
     """`value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # a float that torch.compile(dynamic=True) keeps symbolic is not finite or infinite yet
+    if not torch.compiler.is_compiling() and not math.isfinite(value):
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return float(value)
 

@@ -10,9 +10,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from ddp import assert_averages_gradients
 from oracle import assert_accurate
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -675,6 +678,26 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(mine, other)
 
 
+def test_compiles_for_every_length():
+    model = stack(dropout=0.1)
+    lwft_kernels.accelerate(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((2, 7, E), (4, 9, E)):
+        x = torch.randn(shape)
+        torch.manual_seed(3)
+        expected = model(x)
+        torch.manual_seed(3)
+        torch.testing.assert_close(compiled(x), expected)
+
+
+def test_exports_torchs_own_operations():
+    model, x = stack(), torch.randn(B, S, E)
+    lwft_kernels.accelerate(model)
+    exported = torch.export.export(model, (x,))
+    assert not [node for node in exported.graph.nodes if "lwft" in str(node.target)]
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_draws_the_same_dropout(reentrant):
     model, x = stack(dropout=0.3), torch.randn(B, S, E, requires_grad=True)
@@ -698,6 +721,48 @@ def test_parameters_that_are_not_whole_are_torchs():
     module.in_proj_weight = nn.Parameter(module.in_proj_weight.detach().as_subclass(Shard))
     attend(module, x, x, x)
     assert counts()["nn.MultiheadAttention"][1] == {"the weights are sharded or of a tensor subclass"}
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """One process on its own: its weights are DTensors all the same."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_fully_sharded_layers_are_whole_when_they_are_called(mesh):
+    model, x = stack().double(), torch.randn(B, S, E, dtype=torch.float64)
+    reference = copy.deepcopy(model)
+    lwft_kernels.accelerate(model)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    outs = [module(x) for module in (model, reference)]
+    for out in outs:
+        out.square().sum().backward()
+    torch.testing.assert_close(*outs)
+    for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.full_tensor(), other.grad)
+    assert counts() == {"attention": (2, set()), "add_layer_norm": (4, set())}
+
+
+def test_trains_under_ddp(tmp_path):
+    model = "nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True), 2)"
+    accelerated = f"(lambda model: [model, __import__('lwft_kernels').accelerate(model)][0])({model})"
+    assert_averages_gradients(accelerated, 32, tmp_path / "store")
+
+
+def test_distributed_tensors_are_torchs(mesh):
+    model, x = stack(), torch.randn(B, S, E)
+    expected = model(x)
+    lwft_kernels.accelerate(model)
+    distribute_module(model, mesh)
+    lwft_kernels.reset_stats()
+    out = model(distribute_tensor(x, mesh, [Replicate()]))
+    torch.testing.assert_close(out.full_tensor(), expected)
+    assert {fast for fast, _ in counts().values()} == {0}
 
 
 # The drift guard
