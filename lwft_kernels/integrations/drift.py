@@ -6,6 +6,7 @@ A room names what it overrides as an `Upstream`, with the fingerprints of the re
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import sys
@@ -126,6 +127,7 @@ def _form(value: Tensor | None) -> str:
     return "none" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
 
 
+@functools.cache
 def fingerprint(*functions: Callable[..., Any]) -> str:
     """Sixteen hexadecimal digits over the source of `functions` (and what wraps them), the value for `known`.
 

@@ -1,11 +1,13 @@
-"""The drift guard by itself: fingerprints, verdicts, and what a self-test may not touch."""
+"""The drift guard: fingerprints, verdicts, what a self-test may not touch, and the rooms that ask it."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import textwrap
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,10 @@ import lwft_kernels
 from lwft_kernels import functional as LF
 from lwft_kernels.integrations import drift
 from lwft_kernels.integrations.drift import DriftWarning, Upstream, fingerprint, first_difference, why_not
+
+spec = importlib.util.spec_from_file_location("drifted", Path(__file__).with_name("drifted.py"))
+drifted = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(drifted)
 
 FORWARD = """
 def forward(self, x):
@@ -193,3 +199,39 @@ def test_first_difference():
     assert "upstream has no dy" in first_difference({"out": x, "dy": x}, {"out": x})
     assert "differs" in first_difference({"out": x * float("nan")}, {"out": x})
     assert "differs" in first_difference({"out": x}, {"out": 0 * x})
+
+
+# ---- the rooms, under libraries that have moved on: drifted.py is the process ----
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    return functools.cache(drifted.run)
+
+
+@pytest.mark.parametrize("room", drifted.EDITS)
+def test_upstream_rewritten_but_the_same_is_replaced_after_its_test(outcomes, room):
+    outcome = outcomes("same")[room]
+    assert outcome["replaced"] == 1 and outcome["equal"] and outcome["unreached"] == 0, outcome
+    (warning,) = outcome["warnings"]
+    assert "self-test passed" in warning
+    replaced, reasons = outcome["strict"]
+    assert replaced == 0 and all("strict=True" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("room", drifted.EDITS)
+def test_upstream_that_computes_something_else_is_left(outcomes, room):
+    outcome = outcomes("other")[room]
+    assert outcome["replaced"] == 0 and outcome["equal"], outcome
+    assert any("differs by" in reason for reason in outcome["reasons"]), outcome
+    (warning,) = outcome["warnings"]
+    assert "stays as it is" in warning
+    assert outcome["strict"][0] == 0
+
+
+@pytest.mark.parametrize("room", drifted.EDITS)
+def test_a_patch_of_another_package_is_left(outcomes, room):
+    outcome = outcomes("foreign")[room]
+    assert outcome["replaced"] == 0 and outcome["equal"], outcome
+    assert any("somebody else has replaced" in reason for reason in outcome["reasons"]), outcome
+    assert outcome["warnings"] == []

@@ -38,7 +38,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the sources: setuptools writes beside what it packs."""
-    ignored = shutil.ignore_patterns(".*_cache", ".git", ".venv", "build", "results", "*.egg-info", "__pycache__")
+    ignored = shutil.ignore_patterns(".*_cache", ".git", ".venv*", "build", "results", "*.egg-info", "__pycache__")
     return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=ignored))
 
 

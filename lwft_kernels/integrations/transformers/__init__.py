@@ -5,6 +5,6 @@ its mask (`masks`). Both are registered: without the second, models hand over no
 """
 
 from lwft_kernels.integrations.transformers.attention import attention_forward
-from lwft_kernels.integrations.transformers.plan import NAME, plan
+from lwft_kernels.integrations.transformers.models import NAME, plan
 
 __all__ = ["NAME", "attention_forward", "plan"]

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lwft_kernels import backend, checks, registration
 from lwft_kernels import functional as LF
+from lwft_kernels.integrations import reached
 from lwft_kernels.integrations.transformers.masks import CompactMask, Rule
 from lwft_kernels.integrations.transformers.packing import Packing, by_sequence
 
@@ -60,6 +61,7 @@ def attention_forward(
         own = {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
         kwargs |= {name: argument for name, argument in own.items() if argument is not None}
         return _original(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+    reached.mark(module)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, one for the batch

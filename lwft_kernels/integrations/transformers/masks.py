@@ -2,7 +2,7 @@
 
 transformers builds one mask per forward pass, (B, 1, S, L), by a function of the attention's name. Ours hands over a
 `CompactMask`: to the model it is a tensor of that shape, to our attention a `Rule`, with which the kernel skips what
-is masked. Whoever looks at its elements finds them, computed at that moment by transformers' own function.
+is masked. Whoever looks at its elements finds them, computed at that moment.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import masking_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lwft_kernels import registration
+from lwft_kernels.attention.reference import may_attend
 
 # Sequences packed in a row are computed one by one; of fewer tokens than this they cost more than the mask of all.
 _SHORTEST_SEQUENCE = 16
@@ -42,6 +43,19 @@ class Rule:
     mask: Tensor | None = None  # bool, broadcastable to (B, H, S, L)
     sequences: tuple[tuple[int, ...], ...] | None = None
     key_sequences: tuple[tuple[int, ...], ...] | None = None
+
+    def elements(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """The same as a bool tensor (B, 1, S, L), True = may attend."""
+        allowed = may_attend(
+            *shape[2:], causal=self.causal, window=self.window, mask=self.mask, lengths=self.lengths, device=device
+        )
+        if self.sequences is not None:
+            number = torch.arange(shape[2], device=device)
+            of = torch.stack(
+                [number[: len(row)].repeat_interleave(torch.tensor(row, device=device)) for row in self.sequences]
+            )
+            allowed = allowed & (of[:, None, :, None] == of[:, None, None, :])
+        return allowed.expand(shape).contiguous()
 
 
 class _Content:
@@ -160,8 +174,8 @@ def _compact(arguments: dict[str, Any]) -> Tensor | None:
         return None
     if rule == Rule() and arguments.get("allow_is_bidirectional_skip", False):
         return None
-    whole = {**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return CompactMask((batch, 1, queries, keys), device, _Content(rule, functools.partial(sdpa_mask, **whole)))
+    shape = (batch, 1, queries, keys)
+    return CompactMask(shape, device, _Content(rule, functools.partial(rule.elements, shape, device)))
 
 
 def _padded(rule: Rule, padding: Tensor, offset: int, keys: int) -> Rule:
@@ -197,7 +211,7 @@ def _parts(function: Callable[..., Any]) -> dict[str, Any] | None:
     """The parts of a mask function, by their code and what it has been given; None if one is not known."""
     if function is causal_mask_function:
         return {"causal": True}
-    if function is masking_utils.bidirectional_mask_function:
+    if function is getattr(masking_utils, "bidirectional_mask_function", None):  # transformers 4 has none
         return {}
     code = getattr(function, "__code__", None)
     if code not in _known_code():

@@ -42,7 +42,7 @@ def plan(model: nn.Module, *, strict: bool = False) -> list[Change]:
         if not isinstance(module, PreTrainedModel) or any(_inside(name, outer) for outer in seen):
             continue
         seen.append(name)
-        changes += _plan_pretrained(name, module, drifted)
+        changes += _plan_pretrained(name, module, drifted, strict)
     return changes
 
 
@@ -50,7 +50,7 @@ def _inside(name: str, outer: str) -> bool:
     return outer == "" or name == outer or name.startswith(f"{outer}.")
 
 
-def _plan_pretrained(prefix: str, model: PreTrainedModel, drifted: str | None) -> list[Change]:
+def _plan_pretrained(prefix: str, model: PreTrainedModel, drifted: str | None, strict: bool) -> list[Change]:
     what = f"attention of {type(model).__name__}"
     reason = drifted or _why_not_model(model)
     if reason is not None:
@@ -65,9 +65,11 @@ def _plan_pretrained(prefix: str, model: PreTrainedModel, drifted: str | None) -
             if id(part.config) not in refused and not _follows(part):
                 changes.append(Change(name, f"attention of {type(part).__name__}", reason=reason))
             refused.setdefault(id(part.config), reason)
-    for _, module in attentions if upstream.RELEASE >= (5,) else ():
-        if _treats_sdpa_by_name(type(module).__module__):
-            refused.setdefault(id(_config_of(module, model)), _BY_NAME)
+    for _, module in attentions:
+        by_name = upstream.RELEASE >= (5,) and _treats_sdpa_by_name(type(module).__module__)
+        reason = _BY_NAME if by_name else upstream.why_not_like_eager(module, strict)
+        if reason is not None:
+            refused.setdefault(id(_config_of(module, model)), reason)
     switch = _Switch(model, refused)
     for name, module in attentions:
         config = _config_of(module, model)
@@ -180,7 +182,6 @@ class _Switch:
 
     def _on(self) -> None:
         self.done = True
-        _register()
         try:
             self.model.set_attn_implementation(NAME)
         except (ImportError, ValueError) as error:
@@ -196,7 +197,7 @@ class _Switch:
                 config._attn_implementation_internal = implementation
 
 
-def _register() -> None:
-    # a name once registered stays: another model may be using it, and it does nothing by itself
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, compact_mask)
+# Not only where a model is switched: one that was pickled while it was accelerated asks for the name in a new process.
+# The names stay, for other models may be using them, and do nothing by themselves.
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, compact_mask)

@@ -1,0 +1,92 @@
+"""transformers' own tests of every model (its tests/test_modeling_common.py) on tiny models of eight families.
+
+The source distribution of a release has that file, and neither the tests of single models nor those of generation: what
+a model's tests say of it is said here. CONTRIBUTING has the command.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+import unittest
+
+import torch
+from tiny_models import BATCH, BUILDERS, LENGTH, batch
+from transformers import (
+    BartForConditionalGeneration,
+    BartModel,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MistralForCausalLM,
+    MistralModel,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    T5Model,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+# Parts of transformers' tests that its source distribution leaves out
+for _module, _mixin in (
+    ("exporters.test_export", "ExportTesterMixin"),
+    ("generation.test_utils", "GenerationTesterMixin"),
+):
+    _stub = types.ModuleType(f"tests.{_module}")
+    setattr(_stub, _mixin, type(_mixin, (), {}))
+    sys.modules.setdefault(f"tests.{_module.partition('.')[0]}", types.ModuleType(f"tests.{_module.partition('.')[0]}"))
+    sys.modules[f"tests.{_module}"] = _stub
+
+from tests.test_modeling_common import ModelTesterMixin as _Mixin  # noqa: E402
+
+
+class Tester:
+    """What transformers' tests ask of a family's tester."""
+
+    batch_size, seq_length, encoder_seq_length, num_hidden_layers, num_attention_heads = BATCH, LENGTH, LENGTH, 2, 4
+    hidden_size, num_choices, is_training, image_size, patch_size = 32, 2, True, 16, 4
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        if family == "vit":
+            self.seq_length = 17
+
+    def get_config(self):
+        return copy.deepcopy(BUILDERS[self.family]().config)
+
+    def prepare_config_and_inputs_for_common(self):
+        inputs = batch(self.family)
+        inputs.pop("labels")
+        if self.family in ("t5", "bart"):
+            inputs |= {"decoder_input_ids": inputs["input_ids"], "decoder_attention_mask": inputs["attention_mask"]}
+        return self.get_config(), inputs
+
+
+def _tests_of(family: str, *classes: type, **attributes: object) -> type:
+    def setUp(self: unittest.TestCase) -> None:
+        torch.manual_seed(0)
+        self.model_tester = Tester(family)
+
+    body = {"setUp": setUp, "all_model_classes": classes, "__module__": __name__, **attributes}
+    return type(f"{family.capitalize()}ModelTest", (_Mixin, unittest.TestCase), body)
+
+
+BertModelTest = _tests_of("bert", BertModel, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification)
+Gpt2ModelTest = _tests_of("gpt2", GPT2Model, GPT2LMHeadModel)
+LlamaModelTest = _tests_of("llama", LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification)
+MistralModelTest = _tests_of("mistral", MistralModel, MistralForCausalLM)
+Qwen3ModelTest = _tests_of("qwen3", Qwen3Model, Qwen3ForCausalLM)
+T5ModelTest = _tests_of(
+    "t5", T5Model, T5ForConditionalGeneration, T5EncoderModel, is_encoder_decoder=True,
+)  # fmt: skip
+BartModelTest = _tests_of("bart", BartModel, BartForConditionalGeneration, is_encoder_decoder=True)
+VitModelTest = _tests_of("vit", ViTModel, ViTForImageClassification, test_resize_embeddings=False)
