@@ -20,8 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lwft_kernels
 from lwft_kernels import dropout
-from lwft_kernels.integrations.peft import lora_layer as layer_module
-from lwft_kernels.integrations.peft.lora_layer import LoraLinear
+from lwft_kernels.integrations.peft import lora_layer
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -240,7 +239,7 @@ def test_what_it_declines_is_peft_to_the_bit(options, change, words):
     layer = model.eval().base_model.model.first
     expected = layer(x)
     lwft_kernels.accelerate(model)
-    assert type(layer) is LoraLinear
+    assert type(layer) is lora_layer.Linear
     try:
         assert torch.equal(layer(x), expected)
     finally:
@@ -280,7 +279,7 @@ def test_undo_leaves_what_others_have_put_there():
     model = build()
     report, layer = lwft_kernels.accelerate(model), model.base_model.model.first
 
-    class Theirs(LoraLinear):
+    class Theirs(lora_layer.Linear):
         pass
 
     layer.__class__ = Theirs
@@ -335,7 +334,7 @@ def test_undo_and_report():
     expected = model(x)
     report = lwft_kernels.accelerate(model)
     layers = [model.base_model.model.first, model.base_model.model.second]
-    assert [type(layer) for layer in layers] == [LoraLinear, LoraLinear]
+    assert [type(layer) for layer in layers] == [lora_layer.Linear, lora_layer.Linear]
     assert [c.module for c in report.replaced] == ["base_model.model.first", "base_model.model.second"]
     assert "lora.layer.Linear" in str(report) and "2 of 2 replaced" in str(report)
     report.undo()
@@ -472,7 +471,7 @@ def test_calls_without_the_second_look_are_the_same():
     lwft_kernels.accelerate(model)
     layer = model.base_model.model.first
     results = []
-    for call in (layer_module._simple, lambda layer, x: layer_module.lora_forward(layer, x, (), {})):
+    for call in (lora_layer._simple, lambda layer, x: lora_layer.lora_forward(layer, x, (), {})):
         torch.manual_seed(4)
         results.append(call(layer, x))
     assert torch.equal(*results)
@@ -497,11 +496,11 @@ def test_calls_without_the_second_look_are_the_same():
         lambda m: setattr(m.base_layer, "weight", nn.Parameter(torch.empty(0), False)),  # as ZeRO-3 leaves it
     ):
         changed = copy.deepcopy(layer)
-        assert layer_module._simple(changed, x) is not None
+        assert lora_layer._simple(changed, x) is not None
         break_it(changed)
-        assert layer_module._simple(changed, x) is None, break_it
+        assert lora_layer._simple(changed, x) is None, break_it
     for odd in (x.to_sparse(), x.double(), x[:, :-1], x.to("meta"), x.long(), torch.nn.Buffer(x).as_subclass(Odd)):
-        assert layer_module._simple(layer, odd) is None, odd
+        assert lora_layer._simple(layer, odd) is None, odd
 
 
 class Odd(torch.Tensor):

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 
 from lwft_kernels.integrations import drift
 from lwft_kernels.integrations.class_swap import swapped
-from lwft_kernels.integrations.peft import dora, quantised
-from lwft_kernels.integrations.peft.lora_attention import LoraMultiheadAttention
-from lwft_kernels.integrations.peft.lora_layer import LoraLinear
+from lwft_kernels.integrations.peft import dora, lora_attention, lora_layer, quantised
 from lwft_kernels.integrations.report import Change
 
 
@@ -56,9 +54,9 @@ def plan(model: nn.Module, *, strict: bool = False) -> list[Change]:
 def _swap(kind: type) -> _Swap | None:
     """What a layer of exactly this class is replaced by."""
     if kind is lora.Linear:
-        return _Swap(LoraLinear, "lora_linear", _linear_upstream)
+        return _Swap(lora_layer.Linear, "lora_linear", _linear_upstream)
     if kind is lora.MultiheadAttention:
-        return _Swap(LoraMultiheadAttention, "lora_linear, attention", _attention_upstream)
+        return _Swap(lora_attention.MultiheadAttention, "lora_linear, attention", _attention_upstream)
     ours: type[nn.Module] | None = quantised.derived(kind)
     return None if ours is None else _Swap(ours, "lora_delta_", lambda: _quantised_upstream(kind, ours))
 
@@ -88,7 +86,7 @@ def _linear_upstream() -> drift.Upstream:
         "peft.tuners.lora.Linear.forward",
         (linear.forward, linear._check_forward_args, linear._mixed_batch_forward, BaseTunerLayer._cast_input_dtype),
         frozenset({"40868a5c556bd366"}),
-        lambda: _differs(lora.Linear, LoraLinear),
+        lambda: _differs(lora.Linear, lora_layer.Linear),
     )
 
 
@@ -98,7 +96,7 @@ def _dora_upstream() -> drift.Upstream:
         "peft.tuners.lora.variants.DoraLinearVariant.forward",
         (DoraLinearVariant.forward, layer.forward, layer.get_weight_norm, layer.get_lora_weight),
         frozenset({"5e8b7fb5b80ed4dd"}),
-        lambda: _differs(lora.Linear, LoraLinear, use_dora=True),
+        lambda: _differs(lora.Linear, lora_layer.Linear, use_dora=True),
     )
 
 
@@ -108,7 +106,7 @@ def _attention_upstream() -> drift.Upstream:
         "peft.tuners.lora.MultiheadAttention.forward",
         (attention.forward, attention.merge, attention.unmerge, attention.get_delta_weight, lora.Linear.merge),
         frozenset({"ac74c13d9e83d6bd"}),
-        lambda: _differs(lora.MultiheadAttention, LoraMultiheadAttention),
+        lambda: _differs(lora.MultiheadAttention, lora_attention.MultiheadAttention),
     )
 
 

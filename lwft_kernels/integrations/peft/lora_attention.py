@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from lwft_kernels import backend, checks, registration
 from lwft_kernels import functional as LF
-from lwft_kernels.attention.modules import MultiheadAttention
+from lwft_kernels.attention import modules as attention
 from lwft_kernels.integrations import reached
 from lwft_kernels.integrations.class_swap import has_hooks, is_plain
 
 _OP = "peft lora.MultiheadAttention"  # as declined calls are named in stats()
 
 
-class LoraMultiheadAttention(lora.MultiheadAttention):
+class MultiheadAttention(lora.MultiheadAttention):
     """`peft.tuners.lora.MultiheadAttention` on `lora_linear` and `attention`."""
 
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -37,16 +37,16 @@ class LoraMultiheadAttention(lora.MultiheadAttention):
             declined: tuple[Tensor, Tensor | None] = super().forward(query, *args, **kwargs)
             return declined
         reached.mark(self)
-        fused: Any = MultiheadAttention._fused
+        fused: Any = attention.MultiheadAttention._fused
         out: Tensor = fused(
             self, call.query, call.key, call.value, call.key_padding_mask, call.attn_mask, call.is_causal
         )
         return out.to(query.dtype), None
 
     # What `_fused` asks of its module besides nn.MultiheadAttention's attributes, which PEFT's class has as properties.
-    _split_heads: Any = MultiheadAttention._split_heads
-    _masks: Any = MultiheadAttention._masks
-    _prefix: Any = MultiheadAttention._prefix
+    _split_heads: Any = attention.MultiheadAttention._split_heads
+    _masks: Any = attention.MultiheadAttention._masks
+    _prefix: Any = attention.MultiheadAttention._prefix
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The input projections; one product for what is one tensor."""
@@ -129,7 +129,7 @@ def _why_not(module: Any, call: _Call) -> str | None:
     active = [name for name in module.active_adapters if name in module.lora_A]
     if len(active) != 1 or out.active_adapters != module.active_adapters or active[0] not in out.lora_A:
         return f"{len(active)} adapters are active, or others in the output projection"
-    if type(base) not in (nn.MultiheadAttention, MultiheadAttention) or not isinstance(out, lora.Linear):
+    if type(base) not in (nn.MultiheadAttention, attention.MultiheadAttention) or not isinstance(out, lora.Linear):
         return f"the base layer is a {type(base).__name__}"
     if has_hooks(base) or base.training != module.training:
         return "the base layer has hooks, or a training mode of its own"

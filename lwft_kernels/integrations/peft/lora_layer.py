@@ -1,13 +1,12 @@
 """PEFT's LoRA layers on `lora_linear` and `lora_delta_`: what their forward computes here.
 
-A layer is base(x) + sum over its adapters of B(A(dropout(x))) * scaling. The commonest call, one plain adapter on a
-plain linear layer, is tried at once (`_simple`); every other is looked at (`_why_not`) and either served or left to
-PEFT's own forward.
+A layer is base(x) + sum over its adapters of B(A(dropout(x))) * scaling. A small layer takes less time than a proper
+look at what it is made of. So its parts are read from where nn.Module keeps them, past `nn.Module.__getattr__` and
+PEFT's properties; nothing is remembered from one call to the next, so that nothing can be out of date.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,12 +25,12 @@ from lwft_kernels.integrations.peft import dora
 from lwft_kernels.lowrank import autograd
 
 
-class LoraLinear(lora.Linear):
+class Linear(lora.Linear):
     """`peft.tuners.lora.Linear` on `lora_linear` and `lora_delta_`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: base(x) + B(A(dropout(x))) * scaling, in the dtype of the base result."""
-        if not args and not kwargs and not torch.compiler.is_compiling():
+        if not args and not kwargs:
             simple = _simple(self, x)
             if simple is not None:
                 return simple
@@ -39,14 +38,31 @@ class LoraLinear(lora.Linear):
         return super().forward(x, *args, **kwargs) if served is None else served
 
 
-def _simple(module: lora.Linear, x: Tensor) -> Tensor | None:
-    """The call of one plain adapter on a plain base, or None where anything at all is out of the ordinary.
+class _Branch:
+    """scale * (dropout(x) A^T B^T + bias) of one adapter, or of several stacked, chosen by `index`."""
 
-    A small layer takes less time than looking properly at what it is made of. So its parts are read from where
-    nn.Module keeps them, past `nn.Module.__getattr__` and PEFT's properties, and nothing is remembered between calls.
+    __slots__ = ("a", "b", "bias", "dropout_p", "index", "name", "scale")
+
+    def __init__(
+        self,
+        name: str,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        index: Tensor | None = None,
+    ) -> None:
+        self.name, self.a, self.b, self.bias = name, a, b, bias
+        self.scale, self.dropout_p, self.index = scale, dropout_p, index
+
+
+def _simple(module: lora.Linear, x: Tensor) -> Tensor | None:
+    """The call of one plain adapter on a plain linear layer, or None where anything at all is out of the ordinary.
+
+    The input is not looked at: what does not go with the weights (another dtype, device or shape), the op refuses.
     """
     state = module.__dict__
-    modules = state["_modules"]
     name = state["_active_adapter"]
     if type(name) is not str:
         if len(name) != 1:
@@ -57,52 +73,79 @@ def _simple(module: lora.Linear, x: Tensor) -> Tensor | None:
         or state["merged_adapters"]
         or state["lora_variant"]
         or not state["cast_input_dtype_enabled"]
-    ):
-        return None
-    down, up = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
-    base, drop = modules["base_layer"], modules["lora_dropout"]._modules.get(name)
-    if type(base) is not nn.Linear or type(down) is not nn.Linear or type(up) is not nn.Linear:
-        return None
-    if type(drop) is not nn.Identity and type(drop) is not nn.Dropout:
-        return None
-    for part in (base, down, up, drop):
-        own = part.__dict__
-        if (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or "forward" in own
-        ):
-            return None
-    held, down_held, up_held = base._parameters, down._parameters, up._parameters
-    weight, bias, a, b = held.get("weight"), held["bias"], down_held.get("weight"), up_held.get("weight")
-    scale = state["scaling"][name]
-    if (
-        type(a) is not nn.Parameter
-        or type(b) is not nn.Parameter
-        or type(weight) is not nn.Parameter
-        or (bias is not None and type(bias) is not nn.Parameter)
-        or down_held["bias"] is not None
-        or up_held["bias"] is not None
-        or type(scale) is not float
         or (type(x) is not Tensor and type(x) is not nn.Parameter)
-        or _has_any_global_hook()
+        or torch.compiler.is_compiling()
     ):
         return None
-    # What a placeholder of ZeRO-3, another dtype or another shape would be, the op refuses.
-    if type(drop) is nn.Dropout and drop.training and drop.p:
-        if drop.inplace:
-            return None
-        seed, dropout_p = dropout.draw_seed(x.device), drop.p
-    else:
-        seed, dropout_p = None, 0.0
+    base = state["_modules"]["base_layer"]
+    parts = _parts(module, name)
+    if isinstance(parts, str) or type(base) is not nn.Linear or _hooked(base):
+        return None
+    a, b, lora_bias, scale, dropout_p = parts
+    if lora_bias is not None:
+        return None
+    held = base._parameters
+    weight, bias = held.get("weight"), held["bias"]
+    if type(weight) is not nn.Parameter or (bias is not None and type(bias) is not nn.Parameter):
+        return None
+    seed = dropout.draw_seed(x.device) if dropout_p else None
     out: Tensor | None = backend.attempt(
         "lora_linear", autograd.lora_linear, x, weight, bias, a, b, None, seed, scale, dropout_p
     )
     if out is not None:
         reached.mark(module)
     return out
+
+
+_Parts = tuple[Tensor, Tensor, Tensor | None, float, float]  # A, B, the bias of B, scale, dropout probability
+
+
+def _parts(module: Any, name: str) -> _Parts | str:
+    """The adapter `name` of a layer as the ops take it, or why its layers must be called instead of read."""
+    state = module.__dict__
+    modules = state["_modules"]
+    down, up = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
+    part = modules["lora_dropout"]._modules.get(name)
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return f"the adapter's layer is a {type(up if type(down) is nn.Linear else down).__name__}"
+    if _hooked(down) or _hooked(up) or _hooked(part) or _has_any_global_hook():
+        return "the adapter's layers have hooks"
+    if type(part) is nn.Dropout and not part.inplace:
+        dropout_p = part.p if part.training else 0.0
+    elif type(part) is nn.Identity:
+        dropout_p = 0.0
+    else:
+        return f"the dropout is {part}"
+    down_held, up_held = down._parameters, up._parameters
+    a, b, bias = down_held.get("weight"), up_held.get("weight"), up_held["bias"]
+    if (
+        type(a) is not nn.Parameter
+        or type(b) is not nn.Parameter
+        or hasattr(a, "ds_id")
+        or hasattr(b, "ds_id")
+        or (bias is not None and not is_plain(bias))
+    ):
+        return "the adapter's weights are sharded or of a tensor subclass"
+    if down_held["bias"] is not None:
+        return "lora_A has a bias"
+    scale = state["scaling"][name]
+    if type(scale) is not float:
+        if type(scale) is not int:
+            return f"the scaling is a {type(scale).__name__}"
+        scale = float(scale)
+    return a, b, bias, scale, dropout_p
+
+
+def _hooked(module: Any) -> bool:
+    """`has_hooks` but for the hooks of all modules, which are asked for once."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
 
 
 def lora_forward(module: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -114,69 +157,95 @@ def lora_forward(module: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str
     """
     names = kwargs.get("adapter_names")
     chosen = module.active_adapters if names is None else dict.fromkeys(names)
-    adapters = [name for name in chosen if name in module.lora_A]
-    reason = _why_not(module, x, adapters, names)
+    known = module.lora_A._modules
+    reason = _why_not(module, x)
+    branches: list[_Branch] = []
+    for name in () if reason is not None else chosen:
+        if name in known:
+            parts = _parts(module, name)
+            if isinstance(parts, str):
+                reason = parts
+                break
+            branches.append(_Branch(name, *parts))
+            reason = _why_not_branch(module, branches[-1], x, names is not None)
+            if reason is not None:
+                break
+    if reason is None and not branches and names is None:
+        reason = "no adapter is active"
+    if reason is None and names is not None and len({branch.a.dtype for branch in branches}) > 1:
+        reason = "the adapters of the batch differ in dtype"
     if reason is not None:
         backend.record_decline(op_name(module), reason)
         return None
     reached.mark(module)
     if names is not None:
         module._check_forward_args(x, *args, **kwargs)
-        branches = _mixed(module, x, adapters, names)
-    else:
-        branches = [_branch(module, name) for name in adapters]
-    own = {"adapter_names", *VARIANT_KWARG_KEYS}  # the rest is the base layer's
-    return _sum(module, x, branches, args, {key: value for key, value in kwargs.items() if key not in own})
+        branches = _stacked(branches, names, x)
+    if kwargs:  # what is not PEFT's own is the base layer's
+        kwargs = {key: v for key, v in kwargs.items() if key != "adapter_names" and key not in VARIANT_KWARG_KEYS}
+    return _sum(module, x, branches, args, kwargs)
 
 
 def op_name(module: nn.Module) -> str:
     """As the declined calls of a layer are named in `stats`: by PEFT's class."""
-    return f"peft lora.{type(module).__mro__[1].__name__}"
+    return f"peft lora.{type(module).__name__}"
 
 
-@dataclass
-class _Branch:
-    """scale * dropout(x) A^T B^T, of one adapter or of several stacked, and the bias of B where it has one."""
-
-    name: str
-    a: Tensor
-    b: Tensor
-    scale: float
-    dropout_p: float
-    bias: Tensor | None = None
-    index: Tensor | None = None
-
-
-def _branch(module: Any, name: str) -> _Branch:
-    up = module.lora_B[name]
-    return _Branch(
-        name, module.lora_A[name].weight, up.weight, module.scaling[name], _dropout_p(module, name), up.bias
-    )  # fmt: skip
+def _why_not(module: Any, x: Any) -> str | None:
+    """Why the ops cannot serve a call on `x`, whatever the adapter, or None."""
+    if module.disable_adapters:
+        return "adapters are disabled"
+    if module.merged:
+        return "the adapter is merged"
+    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.is_nested or x.dim() < 2:
+        return "the input is not a plain tensor of two or more dimensions"
+    if not torch.compiler.is_compiling() and registration.transforms_active():
+        return "a torch.func transform or forward-mode AD is under way"
+    if not module.cast_input_dtype_enabled:
+        return "cast_input_dtype_enabled is off"
+    if backend.current_backend() == "reference":
+        return None
+    return backend.why_not_native("lora_linear", x.device)
 
 
-def _dropout_p(module: Any, name: str) -> float:
-    part = module.lora_dropout[name]
-    return part.p if isinstance(part, nn.Dropout) and part.training else 0.0
+def _why_not_branch(module: Any, branch: _Branch, x: Tensor, mixed: bool) -> str | None:
+    """Why the ops cannot serve this adapter on `x`, or None."""
+    a = branch.a
+    if a.dtype != branch.b.dtype:
+        return "lora_A and lora_B differ in dtype"
+    if x.device != a.device:
+        return "input and adapter are on different devices"
+    # the ops take parameters in the dtype of x, or wider ones (float32) beside 16-bit activations
+    fits = a.dtype == x.dtype or (a.dtype.itemsize == 4 and x.dtype.itemsize == 2)
+    if not x.is_floating_point() or not (fits or checks.autocast_dtype(x.device) is not None):
+        return f"an adapter of {a.dtype} on an input of {x.dtype}"
+    if mixed and branch.bias is not None:
+        return "lora_bias in a mixed batch"
+    if branch.name in module.lora_variant:
+        if mixed:
+            return f"the LoRA variant {type(module.lora_variant[branch.name]).__name__} in a mixed batch"
+        return dora.why_not(module, branch.name)
+    return None
 
 
-def _mixed(module: Any, x: Tensor, adapters: list[str], names: list[str]) -> list[_Branch]:
-    """Stacked adapters and the row's place among them: one branch for all that share a dropout probability."""
-    groups: dict[float, list[str]] = {}
-    for name in adapters:
-        groups.setdefault(_dropout_p(module, name), []).append(name)
-    branches = []
+def _stacked(branches: list[_Branch], names: list[str], x: Tensor) -> list[_Branch]:
+    """One branch of stacked adapters for all that share a dropout probability, with the place of each row's."""
+    groups: dict[float, list[_Branch]] = {}
+    for branch in branches:
+        groups.setdefault(branch.dropout_p, []).append(branch)
+    result = []
     for dropout_p, group in groups.items():
-        rank = max(module.lora_A[name].weight.shape[0] for name in group)
+        rank = max(branch.a.shape[0] for branch in group)
         down, up = [], []
-        for name in group:
-            a, b = module.lora_A[name].weight, module.lora_B[name].weight * module.scaling[name]
-            missing = rank - a.shape[0]
-            down.append(F.pad(a, (0, 0, 0, missing)) if missing else a)
+        for branch in group:
+            missing = rank - branch.a.shape[0]
+            down.append(F.pad(branch.a, (0, 0, 0, missing)) if missing else branch.a)
+            b = branch.b if branch.scale == 1.0 else branch.b * branch.scale
             up.append(F.pad(b, (0, missing)) if missing else b)
-        place = {name: i for i, name in enumerate(group)}
+        place = {branch.name: i for i, branch in enumerate(group)}
         index = torch.tensor([place.get(name, -1) for name in names], device=x.device)
-        branches.append(_Branch("", torch.stack(down), torch.stack(up), 1.0, dropout_p, index=index))
-    return branches
+        result.append(_Branch("", torch.stack(down), torch.stack(up), None, 1.0, dropout_p, index))
+    return result
 
 
 def _sum(module: Any, x: Tensor, branches: list[_Branch], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -192,24 +261,42 @@ def _sum(module: Any, x: Tensor, branches: list[_Branch], args: tuple[Any, ...],
         if branch.name in module.lora_variant:
             result = dora.forward(module, branch.name, x, base(x, *args, **kwargs) if result is None else result)
             continue
-        options: dict[str, Any] = {
-            "scale": branch.scale, "dropout_p": branch.dropout_p, "adapter_index": branch.index
-        }  # fmt: skip
+        bias = branch.bias
         if result is None and fused:
-            weight, bias = weight_and_bias(base)
-            if branch.bias is not None and branch.bias.dtype == weight.dtype:
-                scaled = branch.bias * branch.scale
-                bias, branch.bias = scaled if bias is None else bias + scaled, None
-            result = LF.lora_linear(x, weight, bias, branch.a, branch.b, **options)
+            weight, base_bias = weight_and_bias(base)
+            if bias is not None and bias.dtype == weight.dtype:
+                scaled = bias * branch.scale
+                base_bias, bias = scaled if base_bias is None else base_bias + scaled, None
+            result = _with_base(x, weight, base_bias, branch)
         else:
             if result is None:
                 result = _base_result(base, x, args, kwargs)
-            result = LF.lora_delta_(result, x, branch.a, branch.b, **options)
-        if branch.bias is not None:
-            result = (result + branch.bias * branch.scale).to(result.dtype)
+            result = LF.lora_delta_(
+                result, x, branch.a, branch.b, scale=branch.scale, dropout_p=branch.dropout_p,
+                adapter_index=branch.index,
+            )  # fmt: skip
+        if bias is not None:
+            result = (result + bias * branch.scale).to(result.dtype)
     if result is None:  # a mixed batch of which no row has an adapter here
         result = _base_result(base, x, args, kwargs)
     return result
+
+
+def _with_base(x: Tensor, weight: Tensor, bias: Tensor | None, branch: _Branch) -> Tensor:
+    tokens = branch.index
+    if tokens is not None:
+        tokens = tokens.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1]).reshape(-1)
+    seed = dropout.draw_seed(x.device) if branch.dropout_p else None
+    found = backend.attempt(
+        "lora_linear", autograd.lora_linear, x, weight, bias, branch.a, branch.b, tokens, seed, branch.scale,
+        branch.dropout_p,
+    )  # fmt: skip
+    if found is not None:
+        return found
+    return LF.lora_linear(
+        x, weight, bias, branch.a, branch.b, scale=branch.scale, dropout_p=branch.dropout_p,
+        adapter_index=branch.index,
+    )  # fmt: skip
 
 
 def _base_result(base: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -232,64 +319,3 @@ def is_plain_linear(base: nn.Module) -> bool:
 def weight_and_bias(base: Any) -> tuple[Tensor, Tensor | None]:
     """(d_out, d_in), (d_out,) of a linear layer; Conv1D keeps its weight the other way round."""
     return (base.weight.t() if type(base) is Conv1D else base.weight), base.bias
-
-
-def _why_not(module: Any, x: Any, adapters: list[str], names: list[str] | None) -> str | None:
-    """Why the ops cannot serve this call, or None."""
-    if module.disable_adapters:
-        return "adapters are disabled"
-    if module.merged:
-        return "the adapter is merged"
-    if not adapters and names is None:
-        return "no adapter is active"
-    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.is_nested or x.dim() < 2:
-        return "the input is not a plain tensor of two or more dimensions"
-    if not torch.compiler.is_compiling() and registration.transforms_active():
-        return "a torch.func transform or forward-mode AD is under way"
-    if not getattr(module, "cast_input_dtype_enabled", True):
-        return "cast_input_dtype_enabled is off"
-    for name in adapters:
-        reason = _why_not_adapter(module, name, x, names is not None)
-        if reason is not None:
-            return reason
-    if names is not None and len({module.lora_A[name].weight.dtype for name in adapters}) > 1:
-        return "the adapters of the batch differ in dtype"
-    if backend.current_backend() == "reference":
-        return None
-    return backend.why_not_native("lora_linear", x.device)
-
-
-def _why_not_adapter(module: Any, name: str, x: Tensor, mixed: bool) -> str | None:
-    a, b, part = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-    for factor in (a, b):
-        if type(factor) is not nn.Linear:
-            return f"the adapter's layer is a {type(factor).__name__}"
-        if not is_plain(factor.weight):
-            return "the adapter's weights are sharded or of a tensor subclass"
-    if a.bias is not None:
-        return "lora_A has a bias"
-    if any(has_hooks(layer) for layer in (a, b, part)):
-        return "the adapter's layers have hooks"
-    if type(part) not in (nn.Dropout, nn.Identity) or getattr(part, "inplace", False):
-        return f"the dropout is {part}"
-    if a.weight.dtype != b.weight.dtype:
-        return "lora_A and lora_B differ in dtype"
-    if b.bias is not None and mixed:
-        return "lora_bias in a mixed batch"
-    if not isinstance(module.scaling[name], (int, float)):
-        return f"the scaling is a {type(module.scaling[name]).__name__}"
-    if x.device != a.weight.device:
-        return "input and adapter are on different devices"
-    if not x.is_floating_point() or (checks.autocast_dtype(x.device) is None and not _goes_with(a.weight, x)):
-        return f"an adapter of {a.weight.dtype} on an input of {x.dtype}"
-    if name in module.lora_variant:
-        variant = type(module.lora_variant[name]).__name__
-        if mixed:
-            return f"the LoRA variant {variant} in a mixed batch"
-        return dora.why_not(module, name)
-    return None
-
-
-def _goes_with(weight: Tensor, x: Tensor) -> bool:
-    """The op takes parameters in the dtype of x, or wider ones (float32) beside 16-bit activations."""
-    return weight.dtype == x.dtype or (weight.dtype.itemsize == 4 and x.dtype.itemsize == 2)
