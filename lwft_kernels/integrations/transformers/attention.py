@@ -29,6 +29,8 @@ _SPARSE = ("block_indices", "indices")  # known to neither SDPA nor eager
 _EAGER = ("s_aux", "sinks", "softcap", "head_mask")  # known to the eager function of the model, and not to SDPA
 _UNKNOWN = ("sinks", "head_mask", "cache")
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def attention_forward(
     module: nn.Module,
@@ -144,6 +146,10 @@ def _why_not(
             return f"{name} is given"
     if kwargs.get("output_attentions"):
         return "output_attentions asks for the attention matrix"
+    if not torch.compiler.is_compiling() and not (
+        type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN
+    ):
+        return "query, key or value is sharded or of a tensor subclass"
     if not (query.dtype == key.dtype == value.dtype) and checks.autocast_dtype(query.device) is None:
         return f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}"
     if key.shape[-1] != query.shape[-1] or value.shape[-1] > query.shape[-1]:

@@ -23,13 +23,11 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2Model,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
     LlamaModel,
     MistralForCausalLM,
     MistralModel,
     Qwen3ForCausalLM,
     Qwen3Model,
-    T5EncoderModel,
     T5ForConditionalGeneration,
     T5Model,
     ViTForImageClassification,
@@ -46,7 +44,8 @@ for _module, _mixin in (
     sys.modules.setdefault(f"tests.{_module.partition('.')[0]}", types.ModuleType(f"tests.{_module.partition('.')[0]}"))
     sys.modules[f"tests.{_module}"] = _stub
 
-from tests.test_modeling_common import ModelTesterMixin as _Mixin  # noqa: E402
+from tests.generation.test_utils import GenerationTesterMixin as _Generation  # noqa: E402
+from tests.test_modeling_common import ModelTesterMixin as _Common  # noqa: E402
 
 
 class Tester:
@@ -77,16 +76,14 @@ def _tests_of(family: str, *classes: type, **attributes: object) -> type:
         self.model_tester = Tester(family)
 
     body = {"setUp": setUp, "all_model_classes": classes, "__module__": __name__, **attributes}
-    return type(f"{family.capitalize()}ModelTest", (_Mixin, unittest.TestCase), body)
+    return type(f"{family.capitalize()}ModelTest", (_Common, _Generation, unittest.TestCase), body)
 
 
 BertModelTest = _tests_of("bert", BertModel, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification)
 Gpt2ModelTest = _tests_of("gpt2", GPT2Model, GPT2LMHeadModel)
-LlamaModelTest = _tests_of("llama", LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification)
+LlamaModelTest = _tests_of("llama", LlamaModel, LlamaForCausalLM)
 MistralModelTest = _tests_of("mistral", MistralModel, MistralForCausalLM)
 Qwen3ModelTest = _tests_of("qwen3", Qwen3Model, Qwen3ForCausalLM)
-T5ModelTest = _tests_of(
-    "t5", T5Model, T5ForConditionalGeneration, T5EncoderModel, is_encoder_decoder=True,
-)  # fmt: skip
+T5ModelTest = _tests_of("t5", T5Model, T5ForConditionalGeneration, is_encoder_decoder=True)
 BartModelTest = _tests_of("bart", BartModel, BartForConditionalGeneration, is_encoder_decoder=True)
 VitModelTest = _tests_of("vit", ViTModel, ViTForImageClassification, test_resize_embeddings=False)
