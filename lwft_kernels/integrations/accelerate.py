@@ -138,7 +138,10 @@ def _plans(model: nn.Module, wanted: dict[str, bool], strict: bool) -> tuple[lis
 def _plan(room: str, library: str, model: nn.Module, strict: bool) -> list[Change]:
     try:
         module = importlib.import_module(f"lwft_kernels.integrations.{room}")
-    except ImportError as error:  # a release without what the room builds on
+    except ImportError as error:
+        if (error.name or "").startswith("lwft_kernels"):
+            raise
+        # a release without what the room builds on
         return [Change("", library, reason=f"{library} is not supported: {error}")]
     changes: list[Change] = module.plan(model, strict=strict)
     return changes
