@@ -42,7 +42,7 @@ from lwft_kernels.integrations.class_swap import described, has_hooks, swapped
 from lwft_kernels.integrations.report import Change
 from lwft_kernels.integrations.transformers import attention as attention_room
 from lwft_kernels.integrations.transformers.masks import CompactMask, Rule
-from lwft_kernels.integrations.transformers.plan import _calls_interface
+from lwft_kernels.integrations.transformers.models import _calls_interface
 
 _PREFIX, _ADAPTION = "peft prefix tuning", "peft AdaptedAttention"  # as declined calls are named in stats()
 
