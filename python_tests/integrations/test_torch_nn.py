@@ -441,10 +441,10 @@ def test_whole_transformer(batch_first):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("tokens", [S, 130])
+@pytest.mark.parametrize("tokens", [S, 130, 260])
 @pytest.mark.parametrize("gradients", ["no_grad", "inference_mode", "frozen", "wanted"])
 def test_inference(gradients, tokens, padded):
-    """Torch's own op where it is the faster one, ours beside a mask of many tokens; a nested tensor is torch's."""
+    """Torch's own op for few tokens, ours for many, and for fewer beside a mask; a nested tensor is torch's."""
     model = stack(dropout=0.1).eval()
     x, mask = torch.randn(B, tokens, E), hidden(B, tokens) if padded else None
     oracle = copy.deepcopy(model).double()(x.double(), src_key_padding_mask=mask)
@@ -461,7 +461,8 @@ def test_inference(gradients, tokens, padded):
             lwft_kernels.reset_stats()
             found = alone(x, src_key_padding_mask=mask)
             torch.testing.assert_close(found, expected)
-            fast = gradients == "wanted" or (padded and tokens > 128 and alone is not model)
+            nested = padded and alone is model
+            fast = gradients == "wanted" or (tokens > (128 if padded else 256) and not nested)
             assert ("attention" in counts()) == fast
             if not fast:
                 assert counts()["nn.TransformerEncoderLayer"][1]
@@ -471,7 +472,7 @@ def test_inference(gradients, tokens, padded):
 
 def test_inference_of_attention_alone():
     module = attention().eval()
-    for tokens, masked, fast in ((S, False, 0), (S, True, 0), (130, False, 0), (130, True, 1)):
+    for tokens, masked, fast in ((S, False, 0), (S, True, 0), (130, False, 0), (130, True, 1), (260, False, 1)):
         x = torch.randn(B, tokens, E)
         masks = {"key_padding_mask": hidden(B, tokens)} if masked else {}
         with torch.no_grad():
