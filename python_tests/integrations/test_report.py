@@ -313,3 +313,21 @@ def test_a_keyword_switches_a_room_off():
 def test_not_a_module(function):
     with pytest.raises(TypeError, match="model must be a torch"):
         function("bert")
+
+
+@pytest.mark.parametrize(
+    "missing,words", [("peft.tuners.gone", "is not supported"), ("lwft_kernels.integrations.gone", None)]
+)
+def test_a_library_that_lacks_something_is_declined_and_a_fault_of_ours_is_not(monkeypatch, missing, words):
+    def fail(name):
+        raise ImportError(f"no {missing}", name=missing)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(accelerate_module, "_ROOMS", (("here", "torch", "attention"),))
+    monkeypatch.setattr(accelerate_module.importlib, "import_module", fail)
+    if words is None:
+        with pytest.raises(ImportError, match="gone"):
+            lwft_kernels.accelerate(build())
+        return
+    (declined,) = lwft_kernels.accelerate(build()).declined
+    assert f"torch {torch.__version__} is not supported: no {missing}" == declined.reason
