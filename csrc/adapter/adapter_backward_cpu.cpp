@@ -49,8 +49,7 @@ class Backward {
   void run() {
     const int64_t chunks = ceil_div(p_.tokens, kChunkTokens);
     const int64_t chunk_tokens = chunks > 1 ? round_up(ceil_div(p_.tokens, chunks), kTokenBlock) : p_.tokens;
-    tiles_ = token_tiles<T>(chunk_tokens, d_);
-    tiles_.rows = round_up(tiles_.rows, kUnit<E>);
+    tiles_ = token_tiles<E>(chunk_tokens, d_);
     if (few_) tiles_ = {p_.tokens, p_.tokens, p_.tokens > 0 ? 1 : 0};
     chunk_units_ = units<E>(chunk_tokens);
     dz_ = scratch_.take<E>(sums_wanted_ ? panel_size<E>(chunk_units_, m_) : 0);

@@ -34,7 +34,7 @@ class Forward {
     const PackedWeight<E> down(p_.param_dtype, p_.down_weight, 1, d_, d_, m_, scratch_);
     const PackedWeight<E> up(p_.param_dtype, p_.up_weight, 1, m_, m_, d_, scratch_);
     pack(down, up);
-    const TokenTiles tiles = token_tiles<T>(p_.tokens, d_);
+    const TokenTiles tiles = token_tiles<E>(p_.tokens, d_);
     parallel_for(tiles.count, [&](int64_t tile) {
       const int64_t begin = tiles.begin(tile), rows = tiles.size(tile);
       const int64_t z_stride = padded<T>(m_), h_stride = kIsPair<E> ? buffer_stride<E>(units<E>(m_)) : z_stride;

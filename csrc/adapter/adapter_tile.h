@@ -40,15 +40,17 @@ struct TokenTiles {
   int64_t size(int64_t tile) const { return minimum(rows, tokens - tile * rows); }
 };
 
-template <class T>
+template <class E>
 TokenTiles token_tiles(int64_t tokens, int64_t model_dim) {
   constexpr int64_t kMostRows = 48, kLeastRows = 16, kWantedTiles = 16;
   constexpr int64_t kTileBytes = 384 * 1024;
-  const int64_t row_bytes = model_dim * static_cast<int64_t>(sizeof(T));
+  const int64_t row_bytes = model_dim * static_cast<int64_t>(sizeof(SumOf<E>));
   const int64_t most = maximum(kLeastRows, minimum(kMostRows, kTileBytes / row_bytes));
   const int64_t wanted = minimum(kWantedTiles, ceil_div(tokens, kLeastRows));
   const int64_t tiles = round_up(maximum(wanted, ceil_div(tokens, most)), 2);
-  const int64_t rows = maximum<int64_t>(1, ceil_div(tokens, maximum<int64_t>(1, tiles)));
+  // Neighbours that are multiplied as a pair stay together; and where a product takes 16 or 32 rows at once, 16 do.
+  constexpr int64_t kMultiple = kTileRows<E> % 16 == 0 ? 16 : kUnit<E>;
+  const int64_t rows = round_up(maximum<int64_t>(1, ceil_div(tokens, maximum<int64_t>(1, tiles))), kMultiple);
   return {tokens, rows, ceil_div(tokens, rows)};
 }
 

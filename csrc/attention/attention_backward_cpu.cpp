@@ -120,9 +120,9 @@ template <class T>
 struct RowGroup {
   Range rows;
   int64_t start, first;
-  Range seen[kGroupRows<T>];       // keys
-  Vec<T> largest[kGroupRows<T>];   // scores, lane by lane, before `scale`
-  T scale;                         // what is still to be done to the scores
+  Range seen[kGroupRows<T>];      // keys
+  Vec<T> largest[kGroupRows<T>];  // scores, lane by lane, before `scale`
+  T scale;                        // what is still to be done to the scores
 
   int64_t begin(int64_t i) const { return seen[i].begin - first; }
 };
@@ -172,7 +172,8 @@ struct RunningDelta {
   SoftmaxRows<T> softmax;
   T* products;
 
-  RunningDelta(int64_t rows, Scratch& scratch) : softmax(rows, scratch), products(scratch.take<T>(rows + kGroupRows<T>)) {
+  RunningDelta(int64_t rows, Scratch& scratch)
+      : softmax(rows, scratch), products(scratch.take<T>(rows + kGroupRows<T>)) {
     fill(products, 0, rows + kGroupRows<T>, T{0});
   }
   RunningDelta(SoftmaxRows<T> softmax_in, T* products_in) : softmax(softmax_in), products(products_in) {}
@@ -408,7 +409,8 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
   score_gradients(plan, group, segment, chunk, block, tile, block.begin + first, width, buffers);
   if (dv_wanted) {
     buffers.grad_out.pack(count, d);
-    add_transposed_product(width, d, count, buffers.weights, buffers.grad_out.panels, buffers, buffers.dv + first * d_padded);
+    add_transposed_product(width, d, count, buffers.weights, buffers.grad_out.panels, buffers,
+                           buffers.dv + first * d_padded);
   }
   if (dk_wanted) {
     buffers.q.pack(count, d);

@@ -113,7 +113,8 @@ inline Vec<T> exponentiate(int64_t n, const T* x, T scale, T shift, Out* to) {
   Vec<T> first{}, second{};
   int64_t j = 0;
   for (; j + kLanes<T> < n; j += 2 * kLanes<T>) {
-    const Vec<T> a = exp_difference(load(x + j), scale, shift), b = exp_difference(load(x + j + kLanes<T>), scale, shift);
+    const Vec<T> a = exp_difference(load(x + j), scale, shift),
+                 b = exp_difference(load(x + j + kLanes<T>), scale, shift);
     store_as<T>(to + j, a);
     store_as<T>(to + j + kLanes<T>, b);
     first += a;

@@ -28,7 +28,10 @@ namespace lwft::LWFT_ISA {
 namespace {
 
 // Tokens of a block: a multiple of kTileRows, and 48 x kColumns floats fit the first cache beside a panel.
-constexpr int64_t kBlockRows = 48, kLeastBlockRows = 2 * kTileRows<float>;
+template <class E>
+constexpr int64_t kBlockRows = round_up(48, kTileRows<E>);
+template <class E>
+constexpr int64_t kLeastBlockRows = round_up(12, kTileRows<E>);
 // A short batch is cut into about so many blocks, a matrix into so many slices, for as many threads.
 constexpr int64_t kBlocks = 32, kSlices = 16;
 // Columns of a wide matrix that are written in one step: one block of the dropout stream, whole panels on
@@ -37,7 +40,7 @@ constexpr int64_t kColumns = kPhiloxColumns, kWidestSlice = 4 * kColumns;
 static_assert(kColumns % kPanelColumns<float> == 0 && kColumns % kPanelColumns<double> == 0);
 // Columns that are summed over in one step. A chain of so many additions is as accurate as the vendor's.
 // (Pairs of bfloat16 are rounded before, so longer chains cost no accuracy.)
-constexpr int64_t kDepth = 64, kDotDepth = kKBlock, kPairDepth = 512;
+constexpr int64_t kDepth = 64, kDotDepth = kKBlock, kPairDepth = 256;
 static_assert(kDepth % kColumns == 0 && kDotDepth % kDepth == 0);
 // An adapter with so few tokens is read where it lies: it would be packed for one use.
 constexpr int64_t kFewRows = 8;
@@ -75,6 +78,7 @@ struct Plan {
   bool contiguous(const Block& block) const { return token(block, block.rows - 1) - token(block, 0) == block.rows - 1; }
 };
 
+template <class E>
 Plan make_plan(int64_t tokens, int64_t adapters, const int64_t* adapter_index, Scratch& scratch) {
   const int64_t groups = adapters + 1;
   int64_t* const first = scratch.take<int64_t>(groups + 1);
@@ -93,8 +97,8 @@ Plan make_plan(int64_t tokens, int64_t adapters, const int64_t* adapter_index, S
     for (int64_t token = 0; token < tokens; ++token) order[next[group_of(token)]++] = token;
   }
 
-  const int64_t wished = round_up(ceil_div(tokens, kBlocks), kTileRows<float>);
-  const int64_t block_rows = maximum(kLeastBlockRows, minimum(wished, kBlockRows));
+  const int64_t wished = round_up(ceil_div(tokens, kBlocks), kTileRows<E>);
+  const int64_t block_rows = maximum(kLeastBlockRows<E>, minimum(wished, kBlockRows<E>));
   group_block[0] = 0;
   for (int64_t group = 0; group < groups; ++group) {
     group_block[group + 1] = group_block[group] + ceil_div(first[group + 1] - first[group], block_rows);
@@ -105,7 +109,8 @@ Plan make_plan(int64_t tokens, int64_t adapters, const int64_t* adapter_index, S
     int64_t next = first[group];
     for (int64_t i = group_block[group]; i < group_block[group + 1]; ++i) {
       // of about equal size
-      const int64_t rows = ceil_div(first[group + 1] - next, group_block[group + 1] - i);
+      const int64_t left = first[group + 1] - next, even = ceil_div(left, group_block[group + 1] - i);
+      const int64_t rows = minimum(left, round_up(even, kTileRows<E>));
       blocks[i] = {group, next, rows};
       next += rows;
     }
@@ -299,7 +304,7 @@ class Forward {
  public:
   explicit Forward(const LowRankForward& parameters)
       : p(parameters),
-        plan(make_plan(p.tokens, p.adapters, p.adapter_index, scratch)),
+        plan(make_plan<E>(p.tokens, p.adapters, p.adapter_index, scratch)),
         bias(bias_row()),
         down{{p.param_dtype, p.a, p.in_features, p.rank, 1, p.in_features}, scratch.take<E*>(plan.groups)},
         up{{p.param_dtype, p.b, p.rank, p.out_features, 1, p.rank}, kIsPair<E> ? nullptr : bias},
@@ -471,7 +476,7 @@ class Backward {
  public:
   explicit Backward(const LowRankBackward& parameters)
       : p(parameters),
-        plan(make_plan(p.tokens, p.adapters, p.adapter_index, scratch)),
+        plan(make_plan<E>(p.tokens, p.adapters, p.adapter_index, scratch)),
         up{{p.param_dtype, p.b, p.out_features, p.rank, p.rank, 1}, scratch.take<E*>(plan.groups)},
         down{{p.param_dtype, p.a, p.rank, p.in_features, p.in_features, 1}, nullptr},
         middle_stride(padded<T>(p.rank)),
@@ -555,7 +560,7 @@ class Backward {
   }
 
   // For pairs: the rows of a block as panels of pairs of tokens.
-  int64_t block_panels() const { return panel_size<E>(units<E>(kBlockRows), p.rank); }
+  int64_t block_panels() const { return panel_size<E>(units<E>(kBlockRows<E>), p.rank); }
   void pack_hidden() {
     if constexpr (kIsPair<E>) {
       hidden_panels = scratch.take<E>(plan.count * block_panels());

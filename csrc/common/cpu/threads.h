@@ -34,6 +34,8 @@ void* workspace_take(size_t count, size_t element_size);
 }  // namespace lwft
 
 #ifdef LWFT_ISA
+#include "common/cpu/product_scope.h"
+
 namespace lwft::LWFT_ISA {
 
 template <class Body>
@@ -42,6 +44,7 @@ inline void parallel_for(int64_t tasks, const Body& body) {
       tasks,
       [](void* context, int64_t begin, int64_t end) {
         const Body& run = *static_cast<const Body*>(context);
+        const ProductScope products;
         for (int64_t task = begin; task < end; ++task) run(task);
       },
       const_cast<void*>(static_cast<const void*>(&body)));

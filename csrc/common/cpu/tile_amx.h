@@ -13,6 +13,7 @@
 // each, measured), so nothing outside the operands is read and no row past m is written. Sums over all of k are one chain: the
 // rounding of the operands to bfloat16 outweighs what that loses.
 #pragma once
+#include "common/cpu/product_scope.h"
 #include "common/cpu/tile.h"
 #include "common/cpu/transpose.h"
 
@@ -35,7 +36,17 @@ struct alignas(64) TileShapes {
   }
 };
 
-inline void set_tile_shapes(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes)); }
+// The shapes that are set on this thread, as m * 32 + k; kNoShapes, or kOutside where no ProductScope vouches for them.
+constexpr int64_t kOutside = -1, kNoShapes = 0;
+thread_local int64_t shapes_set = kOutside;
+
+inline void set_tile_shapes(int64_t m, int64_t k) {
+  const int64_t wanted = m * 32 + k;
+  if (shapes_set == wanted) return;
+  const TileShapes shapes(m, k);
+  asm volatile("ldtilecfg %0" ::"m"(shapes));
+  if (shapes_set != kOutside) shapes_set = wanted;
+}
 // Back to the initial state, in which a change of thread need not save the registers.
 inline void release_tiles() { asm volatile("tilerelease" ::); }
 
@@ -100,9 +111,7 @@ void tile_block(int64_t steps, TiledRows a, const BFloat16Pair* b, int64_t b_row
     b += kTileSide * b_row;
   }
   unroll(kRows, [&](auto i) {
-    unroll(kColumns, [&](auto j) {
-      store_tile<i * Columns + j>(c + i * kTileSide * ldc + j * kTileSide, c_bytes);
-    });
+    unroll(kColumns, [&](auto j) { store_tile<i * Columns + j>(c + i * kTileSide * ldc + j * kTileSide, c_bytes); });
   });
 }
 
@@ -178,23 +187,29 @@ void gemm_on_tiles(int64_t m, int64_t n, int64_t k, const BFloat16Pair* a, int64
           const int64_t row_tiles = rest_of_rows ? rows_here % kTileSide > 0 : rows_here / kTileSide;
           const int64_t first_row = rest_of_rows ? rows_here / kTileSide : 0;
           if (row_tiles == 0) continue;
-          set_tile_shapes(TileShapes(rest_of_rows ? rows_here % kTileSide : kTileSide,
-                                     rest_of_pairs ? pairs_here % kTileSide : kTileSide));
+          set_tile_shapes(rest_of_rows ? rows_here % kTileSide : kTileSide,
+                          rest_of_pairs ? pairs_here % kTileSide : kTileSide);
           TiledRows from = whole;
           from.data += first_row * from.next_rows + first_step * from.next_pairs;
           for (int64_t j = 0; j < n; j += kPanelColumns<BFloat16Pair>) {
             const int64_t width = minimum(kPanelColumns<BFloat16Pair>, padded<BFloat16Pair>(n - j));
-            tile_product(row_tiles, width / kTileSide, steps, from,
-                         panels + j * k + (l0 + first_step * kTileSide) * width, width,
-                         c + (i0 + first_row * kTileSide) * ldc + j, ldc,
-                         l0 + first_step > 0 ? Mode::accumulate : mode);
+            tile_product(
+                row_tiles, width / kTileSide, steps, from, panels + j * k + (l0 + first_step * kTileSide) * width,
+                width, c + (i0 + first_row * kTileSide) * ldc + j, ldc, l0 + first_step > 0 ? Mode::accumulate : mode);
           }
         }
       }
     }
   }
-  release_tiles();
+  if (shapes_set == kOutside) release_tiles();
 }
 
 }  // namespace
+
+void begin_products() { shapes_set = kNoShapes; }
+void end_products() {
+  if (shapes_set != kNoShapes) release_tiles();
+  shapes_set = kOutside;
+}
+
 }  // namespace lwft::LWFT_ISA
