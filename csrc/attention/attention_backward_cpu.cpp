@@ -20,8 +20,8 @@ struct PackedRows {
 
   PackedRows(int64_t d, Scratch& scratch) {
     const bool same = !kIsPair<E> && d <= kPanelColumns<E>;
-    left = scratch.take<E>(kScoreRows * operand_stride<E>(d));
-    panels = same ? left : scratch.take<E>(panel_size<E>(units<E>(kScoreRows), d));
+    left = scratch.take<E>(kScoreRows<E> * operand_stride<E>(d));
+    panels = same ? left : scratch.take<E>(panel_size<E>(units<E>(kScoreRows<E>), d));
   }
   void pack(int64_t count, int64_t d) {
     const DType dtype = kIsPair<E> ? DType::bf16 : dtype_of<SumOf<E>>();
@@ -40,10 +40,10 @@ struct BackwardBuffers {
   T *dk, *dv;                              // (keys, padded D)
   // Per tile.
   PackedRows<E> q, grad_out;
-  T *scores, *dscores;    // (kScoreRows, kScoreStride): S, then P * Z;  dP, then dS
-  T *slope, *multiplier;  // (kScoreStride), of one row: derivative of the softcap; Z
-  // For pairs, P * Z and dS as they come into the products: as rows, and the transpose of either.
-  E *weight_rows, *dscore_rows;  // (kScoreRows, kScoreStride)
+  T *scores, *dscores;    // (kScoreRows, kScoreStride): S;  dP, then Z * dP
+  T *slope, *multiplier;  // (kGroupRows, kScoreStride): derivative of the softcap; Z
+  // P * Z and dS as they come into the products: of floats in place of S and dP. Of pairs also the transpose of either.
+  E *weights, *dweights;  // (kScoreRows, kScoreStride)
   E* transposed;
 
   BackwardBuffers(int64_t d, Scratch& scratch) : q(d, scratch), grad_out(d, scratch) {
@@ -52,13 +52,19 @@ struct BackwardBuffers {
     keys = scratch.take<E>(panel_size<E>(units<E>(kBlockKeys), d));
     dk = scratch.take<T>(kBlockKeys * padded<T>(d));
     dv = scratch.take<T>(kBlockKeys * padded<T>(d));
-    scores = scratch.take<T>(kScoreRows * kScoreStride<T>);
-    dscores = scratch.take<T>(kScoreRows * kScoreStride<T>);
-    slope = scratch.take<T>(kScoreStride<T>);
-    multiplier = scratch.take<T>(kScoreStride<T>);
-    weight_rows = scratch.take<E>(kIsPair<E> ? kScoreRows * kScoreStride<E> : 0);
-    dscore_rows = scratch.take<E>(kIsPair<E> ? kScoreRows * kScoreStride<E> : 0);
-    transposed = scratch.take<E>(kIsPair<E> ? panel_size<E>(units<E>(kScoreRows), kBlockKeys) : 0);
+    scores = scratch.take<T>(kScoreRows<E> * kScoreStride<T>);
+    dscores = scratch.take<T>(kScoreRows<E> * kScoreStride<T>);
+    slope = scratch.take<T>(kGroupRows<T> * kScoreStride<T>);
+    multiplier = scratch.take<T>(kGroupRows<T> * kScoreStride<T>);
+    if constexpr (kIsPair<E>) {
+      weights = scratch.take<E>(kScoreRows<E> * kScoreStride<E>);
+      dweights = scratch.take<E>(kScoreRows<E> * kScoreStride<E>);
+      transposed = scratch.take<E>(panel_size<E>(units<E>(kScoreRows<E>), kBlockKeys));
+    } else {
+      weights = scores;
+      dweights = dscores;
+      transposed = nullptr;
+    }
   }
 };
 
@@ -107,37 +113,98 @@ void pack_transposed(const BackwardPlan<T>& plan, const HeadGroup& group, const 
                buffers.values_transposed);
 }
 
-// Raw scores and dP of the keys `seen` of one row become scores and Z * dP. Returns Z, or null without
-// dropout.
-template <class E, class T = SumOf<E>>
-const T* finish_row(const HeadGroup& group, int64_t row, const Segment& segment, Range seen,
-                    const BackwardBuffers<E>& buffers, T* scores, T* dscores) {
-  const Dropout& dropout = group.rule.dropout;
-  const int64_t n = seen.size();
-  const T scale = scores_scale<E>(group);
-  if (scale != T{1}) scale_row(n, scores, scale);
-  finish_scores(group, row, segment.prefix, seen.begin, n, scores, buffers.slope);
-  fill(dscores, n, padded<T>(n), T{0});
-  if (!dropout.active()) return nullptr;
-  dropout_multipliers(dropout, group.index(row), segment.first_column + seen.begin, n, buffers.multiplier);
-  fill(buffers.multiplier, n, padded<T>(n), T{0});
-  for (int64_t j = 0; j < n; j += kLanes<T>) store(dscores + j, load(dscores + j) * load(buffers.multiplier + j));
-  return buffers.multiplier;
+// ---- groups of rows (attention_softmax.h) ----
+
+// Rows of a tile from `start` on, in the buffers and in the group of heads; column `first` of their scores is a key.
+template <class T>
+struct RowGroup {
+  Range rows;
+  int64_t start, first;
+  Range seen[kGroupRows<T>];       // keys
+  Vec<T> largest[kGroupRows<T>];   // scores, lane by lane, before `scale`
+  T scale;                         // what is still to be done to the scores
+
+  int64_t begin(int64_t i) const { return seen[i].begin - first; }
+};
+
+// body(rows) for all groups of rows of a tile.
+template <class T, class Body>
+void for_row_groups(Range tile, int64_t first, const Body& body) {
+  RowGroup<T> rows;
+  rows.first = first;
+  for (rows.start = 0; rows.start < tile.size(); rows.start += kGroupRows<T>) {
+    const int64_t begin = tile.begin + rows.start;
+    rows.rows = {begin, minimum(begin + kGroupRows<T>, tile.end)};
+    body(rows);
+  }
 }
 
-// The softmax of a row and, with the same weights, the sum of Z * dP; block by block.
+// Products q.k and dP of the keys that the rows see become scores, but for rows.scale, and Z * dP.
+template <class E, class T = SumOf<E>>
+void prepare(const HeadGroup& group, const Segment& segment, Range block, RowGroup<T>& rows,
+             const BackwardBuffers<E>& buffers) {
+  const Dropout& dropout = group.rule.dropout;
+  rows.scale = scores_scale<E>(group);
+  const T scale = rows.scale;
+  for (int64_t i = 0; i < kGroupRows<T>; ++i) rows.largest[i] = broadcast(-kInfinity<T>);
+  for (int64_t i = 0; i < rows.rows.size(); ++i) {
+    const int64_t row = rows.rows.begin + i;
+    rows.seen[i] = intersect(segment.visible(group, row), block);
+    const int64_t n = rows.seen[i].size();
+    if (n <= 0) continue;
+    const int64_t at = (rows.start + i) * kScoreStride<T> + rows.begin(i);
+    T *const scores = buffers.scores + at, *const dscores = buffers.dscores + at;
+    rows.scale = prepare_scores(group, row, segment.prefix, rows.seen[i].begin, n, scale, scores,
+                                buffers.slope + i * kScoreStride<T>);
+    rows.largest[i] = largest_lanes(n, scores);
+    fill(dscores, n, padded<T>(n), T{0});
+    if (!dropout.active()) continue;
+    T* const multiplier = buffers.multiplier + i * kScoreStride<T>;
+    dropout_multipliers(dropout, group.index(row), segment.first_column + rows.seen[i].begin, n, multiplier);
+    fill(multiplier, n, padded<T>(n), T{0});
+    for (int64_t j = 0; j < n; j += kLanes<T>) store(dscores + j, load(dscores + j) * load(multiplier + j));
+  }
+}
+
+// The softmax of some rows and, with the same weights, the sum of Z * dP; block by block.
 template <class T>
 struct RunningDelta {
-  RunningSoftmax<T> softmax;
-  T products = 0;
+  SoftmaxRows<T> softmax;
+  T* products;
 
-  void add(int64_t n, T* scores, const T* dscores) {
-    const T factor = softmax.add(n, scores);
-    Vec<T> sums{};
-    for (int64_t j = 0; j < n; j += kLanes<T>) sums = fma(load(scores + j), load(dscores + j), sums);
-    products = products * factor + sum(sums);
+  RunningDelta(int64_t rows, Scratch& scratch) : softmax(rows, scratch), products(scratch.take<T>(rows + kGroupRows<T>)) {
+    fill(products, 0, rows + kGroupRows<T>, T{0});
   }
-  T delta(T dlse) const { return softmax.total == 0 ? T{0} : products * softmax.inverse_total() - dlse; }
+  RunningDelta(SoftmaxRows<T> softmax_in, T* products_in) : softmax(softmax_in), products(products_in) {}
+
+  RunningDelta from(int64_t row) const { return {softmax.from(row), products + row}; }
+
+  // Scores of a block become exp(score - highest), for those of the rows for which wanted(i).
+  template <class E, class Wanted>
+  void add(const RowGroup<T>& rows, const BackwardBuffers<E>& buffers, const Wanted& wanted) const {
+    T shift[kGroupRows<T>];
+    const Vec<T> factor = softmax.raise(largest_of_each<T>(rows.largest) * rows.scale, shift);
+    Vec<T> sums[kGroupRows<T>] = {}, of_products[kGroupRows<T>] = {};
+    for (int64_t i = 0; i < rows.rows.size(); ++i) {
+      if (rows.seen[i].empty() || !wanted(i)) continue;
+      const int64_t at = (rows.start + i) * kScoreStride<T> + rows.begin(i);
+      T *const scores = buffers.scores + at, *const dscores = buffers.dscores + at;
+      Vec<T> sum{}, product{};
+      for (int64_t j = 0; j < rows.seen[i].size(); j += kLanes<T>) {
+        const Vec<T> e = exp_difference(load(scores + j), rows.scale, shift[i]);
+        store(scores + j, e);
+        sum += e;
+        product = fma(e, load(dscores + j), product);
+      }
+      sums[i] = sum;
+      of_products[i] = product;
+    }
+    softmax.add(sum_of_each<T>(sums));
+    store(products, load(products) * factor + sum_of_each<T>(of_products));
+  }
+  T delta(int64_t row, T dlse) const {
+    return softmax.total[row] == 0 ? T{0} : products[row] * softmax.inverse_total(row) - dlse;
+  }
 };
 
 template <class T>
@@ -154,7 +221,8 @@ T grad_lse(const AttentionBackward& p, const HeadGroup& group, int64_t row) {
 
 template <class E, class T = SumOf<E>>
 void exact_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range tile, BackwardBuffers<E>& buffers) {
-  RunningDelta<T> rows[kScoreRows];
+  Scratch scratch;
+  const RunningDelta<T> running(tile.size(), scratch);
   load_tile(plan.p, group, tile, buffers);
   // The same blocks as for the gradients, so that S and dP are the same to the last bit.
   for (int64_t i = 0; i < plan.blocks(); ++i) {
@@ -164,19 +232,16 @@ void exact_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range
     if (visible.empty()) continue;
     pack_transposed(plan, group, segment, block, buffers);
     score_products(plan, group, segment, block, tile.size(), 0, visible.end - block.begin, buffers);
-    for (int64_t r = 0; r < tile.size(); ++r) {
-      const Range seen = intersect(segment.visible(group, tile.begin + r), block);
-      if (seen.empty()) continue;
-      const int64_t start = r * kScoreStride<T> + seen.begin - block.begin;
-      finish_row(group, tile.begin + r, segment, seen, buffers, buffers.scores + start, buffers.dscores + start);
-      rows[r].add(seen.size(), buffers.scores + start, buffers.dscores + start);
-    }
+    for_row_groups<T>(tile, block.begin, [&](RowGroup<T>& rows) {
+      prepare(group, segment, block, rows, buffers);
+      running.from(rows.start).add(rows, buffers, [](int64_t) { return true; });
+    });
   }
   for (int64_t r = 0; r < tile.size(); ++r) {
     RowStatistics<T>& row = plan.statistics_of(group)[tile.begin + r];
-    row.shift = rows[r].softmax.total == 0 ? kInfinity<T> : rows[r].softmax.highest;
-    row.factor = rows[r].softmax.inverse_total();
-    row.delta = rows[r].delta(grad_lse<T>(plan.p, group, tile.begin + r));
+    row.shift = running.softmax.total[r] == 0 ? kInfinity<T> : running.softmax.highest[r];
+    row.factor = running.softmax.inverse_total(r);
+    row.delta = running.delta(r, grad_lse<T>(plan.p, group, tile.begin + r));
   }
 }
 
@@ -208,13 +273,14 @@ void row_statistics(const BackwardPlan<T>& plan, const HeadGroup& group, Range t
 
 // ---- a tile ----
 
-// One row, P = weight(score) and Z * dP in dscores: scores become P * Z, dscores dS = P * (Z * dP - delta).
-template <class T, class Weight>
-void weigh(int64_t n, const Weight& weight, T delta, const T* multiplier, T* scores, T* dscores) {
+// One row, P = weight(score) and Z * dP in dscores: weights = P * Z, dweights = dS = P * (Z * dP - delta).
+template <class T, class Weight, class Out>
+void weigh(int64_t n, const Weight& weight, T delta, const T* multiplier, const T* scores, const T* dscores,
+           Out* weights, Out* dweights) {
   for (int64_t j = 0; j < n; j += kLanes<T>) {
-    const Vec<T> p = weight(load(scores + j));
-    store(scores + j, multiplier == nullptr ? p : p * load(multiplier + j));
-    store(dscores + j, p * (load(dscores + j) - delta));
+    const Vec<T> p = weight(load(scores + j)), ds = p * (load(dscores + j) - delta);
+    store_as<T>(weights + j, multiplier == nullptr ? p : p * load(multiplier + j));
+    store_as<T>(dweights + j, ds);
   }
 }
 
@@ -242,44 +308,71 @@ void add_bias_gradient(const BiasSums<T>& bias, T* sums, int64_t first, int64_t 
   if (whole < n) store_first(sums + whole, load_first(sums + whole, n - whole) + last, n - whole);
 }
 
-// One row of a tile: raw scores and dP of `width` keys from `first` on become P * Z and dS, 0 where nothing
-// is seen.
+// Products q.k and dP of a tile with `width` keys of a block, from `first` on, become P * Z and dS as left-hand sides, 0
+// where nothing is seen.
 template <class E, class T = SumOf<E>>
-void score_gradient_row(const BackwardPlan<T>& plan, const HeadGroup& group, int64_t row, const Segment& segment,
-                        int64_t chunk, Range block, int64_t first, int64_t width, const BackwardBuffers<E>& buffers,
-                        T* scores, T* dscores) {
-  const Range seen = intersect(segment.visible(group, row), block);
-  if (seen.empty()) {
-    fill(scores, 0, width, T{0});
-    fill(dscores, 0, width, T{0});
-    return;
-  }
-  const int64_t begin = seen.begin - first, n = seen.size();
-  const T* multiplier = finish_row(group, row, segment, seen, buffers, scores + begin, dscores + begin);
-  if (is_whole(plan, group, row, segment, block)) {
-    // The exact statistics cost next to nothing here.
-    RunningDelta<T> whole;
-    whole.add(n, scores + begin, dscores + begin);
-    const T factor = whole.softmax.inverse_total(), delta = whole.delta(grad_lse<T>(plan.p, group, row));
-    weigh(n, [factor](Vec<T> e) { return e * factor; }, delta, multiplier, scores + begin, dscores + begin);
-  } else {
-    const RowStatistics<T> known = plan.statistics_of(group)[row];
-    weigh(
-        n, [known](Vec<T> score) { return exp(score - known.shift) * known.factor; }, known.delta, multiplier,
-        scores + begin, dscores + begin);
-  }
-  if (plan.bias.data != nullptr && !segment.prefix) {
-    add_bias_gradient(plan.bias, plan.bias.row(group, row, chunk), seen.begin, n, dscores + begin);
-  }
-  if (group.rule.softcap > 0) {
-    for (int64_t j = 0; j < n; j += kLanes<T>) {
-      store(dscores + begin + j, load(dscores + begin + j) * load(buffers.slope + j));
+void score_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const Segment& segment, int64_t chunk,
+                     Range block, Range tile, int64_t first, int64_t width, const BackwardBuffers<E>& buffers) {
+  const bool dropout = group.rule.dropout.active(), softcap = group.rule.softcap > 0;
+  const bool bias = plan.bias.data != nullptr && !segment.prefix;
+  for_row_groups<T>(tile, first, [&](RowGroup<T>& rows) {
+    prepare(group, segment, block, rows, buffers);
+    T highest[kGroupRows<T>], total[kGroupRows<T>], products[kGroupRows<T>];
+    bool whole[kGroupRows<T>] = {}, any_whole = false;
+    for (int64_t i = 0; i < rows.rows.size(); ++i) {
+      if (rows.seen[i].empty()) continue;
+      whole[i] = is_whole(plan, group, rows.rows.begin + i, segment, block);
+      any_whole = any_whole || whole[i];
     }
-  }
-  for (T* x : {scores, dscores}) {
-    fill(x, 0, begin, T{0});
-    fill(x, begin + n, width, T{0});
-  }
+    // The exact statistics cost next to nothing here.
+    const RunningDelta<T> exact(SoftmaxRows<T>(highest, total), products);
+    if (any_whole) {
+      fill(highest, 0, kGroupRows<T>, -kInfinity<T>);
+      fill(total, 0, kGroupRows<T>, T{0});
+      fill(products, 0, kGroupRows<T>, T{0});
+      exact.add(rows, buffers, [&](int64_t i) { return whole[i]; });
+    }
+    for (int64_t i = 0; i < rows.rows.size(); ++i) {
+      const int64_t row = rows.rows.begin + i;
+      Element<E>* const weights = elements(buffers.weights + (rows.start + i) * kScoreStride<E>, width);
+      Element<E>* const dweights = elements(buffers.dweights + (rows.start + i) * kScoreStride<E>, width);
+      if (rows.seen[i].empty()) {
+        fill(weights, 0, width, Element<E>{});
+        fill(dweights, 0, width, Element<E>{});
+        continue;
+      }
+      const int64_t begin = rows.begin(i), n = rows.seen[i].size();
+      T* const scores = buffers.scores + (rows.start + i) * kScoreStride<T> + begin;
+      T* const dscores = buffers.dscores + (rows.start + i) * kScoreStride<T> + begin;
+      const T* const multiplier = dropout ? buffers.multiplier + i * kScoreStride<T> : nullptr;
+      const auto write = [&](const auto& weight, T delta) {
+        if (!bias && !softcap) {
+          return weigh(n, weight, delta, multiplier, scores, dscores, weights + begin, dweights + begin);
+        }
+        weigh(n, weight, delta, multiplier, scores, dscores, scores, dscores);
+        if (bias) add_bias_gradient(plan.bias, plan.bias.row(group, row, chunk), rows.seen[i].begin, n, dscores);
+        const T* const slope = buffers.slope + i * kScoreStride<T>;
+        for (int64_t j = 0; j < n; j += kLanes<T>) {
+          const Vec<T> ds = load(dscores + j);
+          store_as<T>(weights + begin + j, load(scores + j));
+          store_as<T>(dweights + begin + j, softcap ? ds * load(slope + j) : ds);
+        }
+      };
+      if (whole[i]) {
+        const T factor = exact.softmax.inverse_total(i);
+        write([factor](Vec<T> e) { return e * factor; }, exact.delta(i, grad_lse<T>(plan.p, group, row)));
+      } else {
+        const RowStatistics<T> known = plan.statistics_of(group)[row];
+        const T scale = rows.scale;
+        write([known, scale](Vec<T> score) { return exp_difference(score, scale, known.shift) * known.factor; },
+              known.delta);
+      }
+      for (Element<E>* x : {weights, dweights}) {
+        fill(x, 0, begin, Element<E>{});
+        fill(x, begin + n, width, Element<E>{});
+      }
+    }
+  });
 }
 
 // to (width, padded D) += scores^T B, scores (count, width) of row stride kScoreStride<E>, B (count, D) in panels.
@@ -312,37 +405,20 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
 
   load_tile(p, group, tile, buffers);
   score_products(plan, group, segment, block, count, first, end, buffers);
-  const E *weights = nullptr, *dscores = nullptr;
-  for (int64_t i = 0; i < count; ++i) {
-    T* const score_row = buffers.scores + i * kScoreStride<T>;
-    T* const dscore_row = buffers.dscores + i * kScoreStride<T>;
-    score_gradient_row(plan, group, tile.begin + i, segment, chunk, block, block.begin + first, width, buffers,
-                       score_row, dscore_row);
-    if constexpr (kIsPair<E>) {
-      store_operand(score_row, width, buffers.weight_rows + i * kScoreStride<E>);
-      store_operand(dscore_row, width, buffers.dscore_rows + i * kScoreStride<E>);
-    }
-  }
-  if constexpr (kIsPair<E>) {
-    weights = buffers.weight_rows;
-    dscores = buffers.dscore_rows;
-  } else {
-    weights = buffers.scores;
-    dscores = buffers.dscores;
-  }
+  score_gradients(plan, group, segment, chunk, block, tile, block.begin + first, width, buffers);
   if (dv_wanted) {
     buffers.grad_out.pack(count, d);
-    add_transposed_product(width, d, count, weights, buffers.grad_out.panels, buffers, buffers.dv + first * d_padded);
+    add_transposed_product(width, d, count, buffers.weights, buffers.grad_out.panels, buffers, buffers.dv + first * d_padded);
   }
   if (dk_wanted) {
     buffers.q.pack(count, d);
-    add_transposed_product(width, d, count, dscores, buffers.q.panels, buffers, buffers.dk + first * d_padded);
+    add_transposed_product(width, d, count, buffers.dweights, buffers.q.panels, buffers, buffers.dk + first * d_padded);
   }
   if (buffers.dq == nullptr) return;
   T* dq = buffers.dq + tile.begin * d_padded;
   if constexpr (!kIsPair<E>) {
     if (plan.few_rows) {
-      combine_rows(count, d, width, dscores, kScoreStride<T>, p.shape.dtype, segment.key(group, block.begin),
+      combine_rows(count, d, width, buffers.dweights, kScoreStride<T>, p.shape.dtype, segment.key(group, block.begin),
                    segment.k.stride[2], dq, d_padded, Mode::accumulate);
       return;
     }
@@ -350,7 +426,7 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
   // One panel of K at a time, so that the keys may be a part of those packed.
   for (int64_t j = 0; j < d; j += kPanelColumns<E>) {
     const int64_t panel_width = minimum(kPanelColumns<E>, padded<E>(d - j));
-    gemm(count, panel_width, units<E>(width), dscores, kScoreStride<E>, 1,
+    gemm(count, panel_width, units<E>(width), buffers.dweights, kScoreStride<E>, 1,
          buffers.keys + j * units<E>(block.size()) + units<E>(first) * panel_width, dq + j, d_padded, Mode::accumulate);
   }
 }
@@ -448,7 +524,7 @@ void sum_dq_chunks(const BackwardPlan<T>& plan) {
 template <class E, class T = SumOf<E>>
 void backward_as(const AttentionBackward& p) {
   Scratch scratch;
-  const BackwardPlan<T> plan(p, scratch);
+  const BackwardPlan<T> plan(p, {kScoreRows<E>, kTileRows<E>}, scratch);
   parallel_for(plan.all_whole ? 0 : plan.groups * plan.tiles.count, [&](int64_t task) {
     const HeadGroup group(p.shape, p.rule, task / plan.tiles.count);
     row_statistics<E>(plan, group, plan.tiles[task % plan.tiles.count]);

@@ -9,13 +9,15 @@
 // Memory: three numbers for each row, the dQ of chunks (at most kChunkBytes), dprefix of each sequence where
 // it is shared, dbias in float where it has 16 bits.
 #pragma once
-#include "attention/attention_scores.h"
+#include "attention/attention_softmax.h"
 #include "common/cpu/threads.h"
 
 namespace lwft::LWFT_ISA {
 namespace {
 
-constexpr int64_t kScoreRows = 48, kBlockKeys = 128;
+template <class E>
+constexpr int64_t kScoreRows = round_up(48, kTileRows<E>);
+constexpr int64_t kBlockKeys = 128;
 constexpr int64_t kEnoughTasks = 8;
 constexpr int64_t kChunkBytes = int64_t{64} << 20;
 // Beyond this, lse = highest + log(total) has lost the total (a whole row biased by -3.4e38).
@@ -63,13 +65,17 @@ struct BackwardPlan {
   T* dprefix_k = nullptr;  // (B, Hkv, P, D) where the prefix is shared
   T* dprefix_v = nullptr;
 
-  BackwardPlan(const AttentionBackward& params, Scratch& scratch)
+  struct TileRows {
+    int64_t most, multiple;
+  };
+
+  BackwardPlan(const AttentionBackward& params, TileRows tile, Scratch& scratch)
       : p(params),
         d(p.shape.head_dim),
         d_padded(padded<T>(d)),
         rows(HeadGroup::rows(p.shape)),
         groups(HeadGroup::count(p.shape)),
-        tiles(rows, kScoreRows, kTileRows),
+        tiles(rows, tile.most, tile.multiple),
         prefix_blocks(p.shape.prefix, kBlockKeys, kLanes<T>),
         key_blocks(p.shape.keys, kBlockKeys, kLanes<T>),
         owners(groups),

@@ -9,7 +9,7 @@
 // Memory of a task: q and out of its rows (at most kTaskElements each), two panels of at most kPanelBytes and
 // a tile of scores: under 1 MiB for any length. Tasks depend on the shape alone, so results do not depend on
 // the threads.
-#include "attention/attention_scores.h"
+#include "attention/attention_softmax.h"
 #include "common/cpu/threads.h"
 
 namespace lwft::LWFT_ISA {
@@ -17,7 +17,9 @@ namespace {
 
 // The tile of scores. Its rows: a multiple of kTileRows. Its keys: the more, the less often `out` is read and
 // written; but it has to stay in the nearer caches, as have the panels.
-constexpr int64_t kScoreRows = 48, kBlockKeys = 256;
+template <class E>
+constexpr int64_t kScoreRows = round_up(48, kTileRows<E>);
+constexpr int64_t kBlockKeys = 256;
 constexpr int64_t kPanelBytes = 128 << 10;
 // Rows of a task: the more, the less packing weighs; but q and out have to stay in the second cache.
 constexpr int64_t kTaskRows = 480, kTaskElements = 32 << 10;
@@ -26,11 +28,12 @@ constexpr int64_t kEnoughTasks = 8, kFewestTaskRows = 96;
 // Keys of a task where there are few rows.
 constexpr int64_t kFewRowsKeys = 512;
 
+template <class E>
 Pieces task_rows(const AttentionShape& shape) {
   const int64_t rows = HeadGroup::rows(shape), groups = maximum<int64_t>(HeadGroup::count(shape), 1);
-  const int64_t largest = minimum(kTaskRows, maximum(kScoreRows, kTaskElements / shape.head_dim));
+  const int64_t largest = minimum(kTaskRows, maximum(kScoreRows<E>, kTaskElements / shape.head_dim));
   const int64_t wanted = ceil_div(rows, ceil_div(kEnoughTasks, groups));
-  return Pieces(rows, minimum(largest, maximum(wanted, kFewestTaskRows)), kTileRows);
+  return Pieces(rows, minimum(largest, maximum(wanted, kFewestTaskRows)), kTileRows<E>);
 }
 
 // Keys of a block, for panels of at most kPanelBytes (with very large heads: of 64 keys).
@@ -40,53 +43,77 @@ int64_t block_keys(int64_t head_dim) {
   return maximum<int64_t>(64, minimum(kBlockKeys, fitting / 64 * 64));
 }
 
-// out and lse of some rows from their sums of exp(score - highest) * v.
+// out and lse of some rows, softmax their states, from their sums of exp(score - highest) * v.
 template <class T>
-void store_results(const AttentionForward& p, const HeadGroup& group, Range rows, const RunningSoftmax<T>* softmax,
+void store_results(const AttentionForward& p, const HeadGroup& group, Range rows, SoftmaxRows<T> softmax,
                    const T* sums) {
-  const auto state = [&](int64_t row) -> const RunningSoftmax<T>& { return softmax[row - rows.begin]; };
   store_rows(
-      p.shape, rows, sums, [&](int64_t row) { return state(row).inverse_total(); }, p.out.data,
+      p.shape, rows, sums, [&](int64_t row) { return softmax.inverse_total(row - rows.begin); }, p.out.data,
       [&](int64_t row) { return group.offset(p.out.stride, row); });
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    static_cast<T*>(p.lse)[group.index(row)] = state(row).log_sum_exp();
+    static_cast<T*>(p.lse)[group.index(row)] = softmax.log_sum_exp(row - rows.begin);
   }
 }
 
-// One row of a tile: scores of the keys `seen`, but for `scale`, are finished, exponentiated and dropped out; 0 for the
-// other keys from `first` on, `width` in all. Returns the factor of what the row has summed so far.
-template <class T>
-T softmax_row(const HeadGroup& group, int64_t row, const Segment& segment, Range seen, int64_t first, int64_t width,
-              T scale, RunningSoftmax<T>& softmax, T* x) {
-  const int64_t begin = seen.begin - first, n = seen.size();
-  T factor{1};
-  if (seen.empty()) {
-    fill(x, 0, width, T{0});
-    return factor;
+// Some rows of q.k with `keys`: `scale` times them are the scores, but for what the rule adds. As `weights` they are
+// exponentiated and dropped out, 0 for keys that a row does not see; `factors` (a group more than rows) gets what all that
+// a row has summed before must be multiplied by.
+template <class T, class Out>
+void softmax_rows(const HeadGroup& group, const Segment& segment, Range rows, Range keys, T scale,
+                  SoftmaxRows<T> softmax, T* scores, int64_t stride, Out* weights, int64_t weight_stride, T* factors) {
+  const Dropout& dropout = group.rule.dropout;
+  for (int64_t begin = 0; begin < rows.size(); begin += kGroupRows<T>) {
+    const int64_t count = minimum<int64_t>(kGroupRows<T>, rows.size() - begin);
+    Range seen[kGroupRows<T>];
+    Vec<T> lanes[kGroupRows<T>];
+    T shift[kGroupRows<T>], left = scale;
+    for (int64_t i = 0; i < kGroupRows<T>; ++i) lanes[i] = broadcast(-kInfinity<T>);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = rows.begin + begin + i;
+      seen[i] = intersect(segment.visible(group, row), keys);
+      if (seen[i].empty()) continue;
+      T* const x = scores + (begin + i) * stride + seen[i].begin - keys.begin;
+      left = prepare_scores(group, row, segment.prefix, seen[i].begin, seen[i].size(), scale, x);
+      lanes[i] = largest_lanes(seen[i].size(), x);
+    }
+    const SoftmaxRows<T> states = softmax.from(begin);
+    store(factors + begin, states.raise(largest_of_each<T>(lanes) * left, shift));
+    for (int64_t i = 0; i < kGroupRows<T>; ++i) lanes[i] = Vec<T>{};
+    for (int64_t i = 0; i < count; ++i) {
+      Out* const to = weights + (begin + i) * weight_stride;
+      if (seen[i].empty()) {
+        fill(to, 0, keys.size(), Out{});
+        continue;
+      }
+      const int64_t first = seen[i].begin - keys.begin, n = seen[i].size();
+      T* const x = scores + (begin + i) * stride + first;
+      if (dropout.active()) {
+        lanes[i] = exponentiate(n, x, left, shift[i], x);
+        dropout_row(dropout, group.index(rows.begin + begin + i), segment.first_column + seen[i].begin, n, x);
+        if constexpr (!std::is_same_v<T, Out>) {
+          for (int64_t j = 0; j < n; j += kLanes<T>) store_as<T>(to + first + j, load(x + j));
+        }
+      } else {
+        lanes[i] = exponentiate(n, x, left, shift[i], to + first);
+      }
+      fill(to, 0, first, Out{});
+      fill(to, first + n, keys.size(), Out{});
+    }
+    states.add(sum_of_each<T>(lanes));
   }
-  if (scale != T{1}) scale_row(n, x + begin, scale);
-  finish_scores(group, row, segment.prefix, seen.begin, n, x + begin);
-  factor = softmax.add(n, x + begin);
-  if (group.rule.dropout.active()) {
-    dropout_row(group.rule.dropout, group.index(row), segment.first_column + seen.begin, n, x + begin);
-  }
-  fill(x, 0, begin, T{0});
-  fill(x, begin + n, width, T{0});
-  return factor;
 }
 
 template <class E>
 struct ForwardBuffers {
   using T = SumOf<E>;
 
-  E* q;                        // (rows, operand_stride(D))
-  T* out;                      // (rows, padded D)
-  RunningSoftmax<T>* softmax;  // (rows)
-  bool* started;               // per tile: whether `out` holds anything yet
-  E* key_panels;               // K^T of the block: (D, keys) in panels
-  E* value_panels;             // V of the block: (keys, D) in panels
-  T* scores;                   // (kScoreRows, kScoreStride)
-  E* weights;                  // for pairs: the same, exponentiated, as a left-hand side
+  E* q;             // (rows, operand_stride(D))
+  T* out;           // (rows, padded D)
+  bool* started;    // per tile: whether `out` holds anything yet
+  E* key_panels;    // K^T of the block: (D, keys) in panels
+  E* value_panels;  // V of the block: (keys, D) in panels
+  T* scores;        // (kScoreRows, kScoreStride)
+  E* weights;       // the same, exponentiated, as a left-hand side: for pairs in a place of their own
 };
 
 // A row of scores may be overwritten past its end by a vector; and not a power of two, or all rows would meet
@@ -97,7 +124,7 @@ constexpr int64_t kScoreStride = units<E>(kBlockKeys) + 2 * kLanes<E>;
 // Rows `tile`, at tile_start in the task's buffers, against the keys of a packed block that they see.
 template <class E, class T = SumOf<E>>
 void attend_tile(const HeadGroup& group, const Segment& segment, Range block, Range tile, int64_t tile_start,
-                 bool& started, const ForwardBuffers<E>& buffers) {
+                 bool& started, SoftmaxRows<T> softmax, const ForwardBuffers<E>& buffers) {
   const Range seen = intersect(segment.visible(group, tile), block);
   if (seen.empty()) return;
   const int64_t d = group.shape.head_dim, d_padded = padded<T>(d), q_stride = operand_stride<E>(d);
@@ -108,25 +135,18 @@ void attend_tile(const HeadGroup& group, const Segment& segment, Range block, Ra
   T* out = buffers.out + tile_start * d_padded;
   gemm(tile.size(), columns, units<E>(d), buffers.q + tile_start * q_stride, q_stride, 1,
        buffers.key_panels + first * units<E>(d), buffers.scores, kScoreStride<T>, Mode::overwrite);
-  const T scale = scores_scale<E>(group);
+  T factors[kScoreRows<E> + kGroupRows<T>];
+  for (int64_t i = 0; i < tile.size(); ++i) elements(buffers.weights + i * kScoreStride<E>, width);
+  softmax_rows(group, segment, tile, {block.begin + first, block.begin + end}, scores_scale<E>(group),
+               softmax.from(tile_start), buffers.scores, kScoreStride<T>, elements_of(buffers.weights),
+               kScoreStride<E> * kUnit<E>, factors);
   for (int64_t i = 0; i < tile.size(); ++i) {
-    const int64_t row = tile.begin + i;
-    T* const x = buffers.scores + i * kScoreStride<T>;
-    const T factor = softmax_row(group, row, segment, intersect(segment.visible(group, row), block),
-                                 block.begin + first, width, scale, buffers.softmax[tile_start + i], x);
-    if constexpr (kIsPair<E>) store_operand(x, width, buffers.weights + i * kScoreStride<E>);
-    if (started && factor != T{1}) scale_row(d_padded, out + i * d_padded, factor);
-  }
-  const E* weights = nullptr;
-  if constexpr (kIsPair<E>) {
-    weights = buffers.weights;
-  } else {
-    weights = buffers.scores;
+    if (started && factors[i] != T{1}) scale_row(d_padded, out + i * d_padded, factors[i]);
   }
   // One panel of V at a time, so that the keys may be a part of those packed.
   for (int64_t j = 0; j < d; j += kPanelColumns<E>) {
     const int64_t panel_width = minimum(kPanelColumns<E>, padded<E>(d - j));
-    gemm(tile.size(), panel_width, units<E>(width), weights, kScoreStride<E>, 1,
+    gemm(tile.size(), panel_width, units<E>(width), buffers.weights, kScoreStride<E>, 1,
          buffers.value_panels + j * units<E>(block.size()) + units<E>(first) * panel_width, out + j, d_padded,
          started ? Mode::accumulate : Mode::overwrite);
   }
@@ -136,20 +156,23 @@ void attend_tile(const HeadGroup& group, const Segment& segment, Range block, Ra
 template <class E, class T = SumOf<E>>
 void forward_rows(const AttentionForward& p, const HeadGroup& group, Range rows) {
   const int64_t d = p.shape.head_dim, d_padded = padded<T>(d);
-  const Pieces tiles(rows.size(), kScoreRows, kTileRows);
+  const Pieces tiles(rows.size(), kScoreRows<E>, kTileRows<E>);
   Scratch scratch;
   ForwardBuffers<E> buffers{};
   buffers.q = scratch.take<E>(rows.size() * operand_stride<E>(d));
   buffers.out = scratch.take<T>(rows.size() * d_padded);
-  buffers.softmax = scratch.take<RunningSoftmax<T>>(rows.size());
+  const SoftmaxRows<T> softmax(rows.size(), scratch);
   buffers.started = scratch.take<bool>(tiles.count);
   const int64_t most_keys = block_keys<E>(d);
   buffers.key_panels = scratch.take<E>(panel_size<E>(units<E>(d), most_keys));
   buffers.value_panels = scratch.take<E>(panel_size<E>(units<E>(most_keys), d));
-  buffers.scores = scratch.take<T>(kScoreRows * kScoreStride<T>);
-  buffers.weights = scratch.take<E>(kIsPair<E> ? kScoreRows * kScoreStride<E> : 0);
+  buffers.scores = scratch.take<T>(kScoreRows<E> * kScoreStride<T>);
+  if constexpr (kIsPair<E>) {
+    buffers.weights = scratch.take<E>(kScoreRows<E> * kScoreStride<E>);
+  } else {
+    buffers.weights = buffers.scores;
+  }
   load_queries(group, p.q, rows, buffers.q);
-  for (int64_t i = 0; i < rows.size(); ++i) buffers.softmax[i] = RunningSoftmax<T>{};
   for (int64_t i = 0; i < tiles.count; ++i) buffers.started[i] = false;
 
   for (const bool prefix : {true, false}) {
@@ -164,16 +187,16 @@ void forward_rows(const AttentionForward& p, const HeadGroup& group, Range rows)
                    buffers.value_panels);
       for (int64_t t = 0; t < tiles.count; ++t) {
         const Range tile{rows.begin + tiles[t].begin, rows.begin + tiles[t].end};
-        attend_tile(group, segment, block, tile, tiles[t].begin, buffers.started[t], buffers);
+        attend_tile(group, segment, block, tile, tiles[t].begin, buffers.started[t], softmax, buffers);
       }
     }
   }
-  store_results(p, group, rows, buffers.softmax, buffers.out);
+  store_results(p, group, rows, softmax, buffers.out);
 }
 
 template <class E>
 void forward_many(const AttentionForward& p) {
-  const Pieces rows = task_rows(p.shape);
+  const Pieces rows = task_rows<E>(p.shape);
   parallel_for(HeadGroup::count(p.shape) * rows.count, [&](int64_t task) {
     // Later rows of a causal head see more keys. Taken alternately from both ends, any stretch of tasks that
     // a thread is handed costs about the same.
@@ -191,28 +214,31 @@ void forward_many(const AttentionForward& p) {
 
 template <class T>
 struct Partial {
-  RunningSoftmax<T>* softmax;  // (groups, chunks, R)
-  T* sum;                      // (groups, chunks, R, padded D)
+  SoftmaxRows<T> softmax;  // (groups, chunks, R, and up to a group more)
+  T* sum;                  // (groups, chunks, R, padded D)
 };
+
+// Entries of a chunk's states: what is done for a group of rows reaches past the last.
+template <class T>
+int64_t state_rows(int64_t rows) {
+  return rows + kGroupRows<T>;
+}
 
 template <class T>
 void attend_few(const AttentionForward& p, const HeadGroup& group, const Segment& segment, Range chunk,
-                RunningSoftmax<T>* softmax, T* sum) {
+                SoftmaxRows<T> softmax, T* sum) {
   const int64_t d = p.shape.head_dim, d_padded = padded<T>(d), rows = group.rows();
-  for (int64_t row = 0; row < rows; ++row) softmax[row] = RunningSoftmax<T>{};
   const Range seen = intersect(segment.visible(group, Range{0, rows}), chunk);
   if (seen.empty()) return;
   Scratch scratch;
   T* q = scratch.take<T>(rows * d_padded);
   const int64_t score_stride = padded<T>(seen.size()) + kLanes<T>;
   T* scores = scratch.take<T>(rows * score_stride);
+  T* factors = scratch.take<T>(state_rows<T>(rows));  // of nothing so far
   load_queries(group, p.q, {0, rows}, q);
   dot_rows(rows, seen.size(), d, q, d_padded, p.shape.dtype, segment.key(group, seen.begin), segment.k.stride[2],
            scores, score_stride, Mode::overwrite);
-  for (int64_t row = 0; row < rows; ++row) {
-    softmax_row(group, row, segment, intersect(segment.visible(group, row), seen), seen.begin, seen.size(), T{1},
-                softmax[row], scores + row * score_stride);
-  }
+  softmax_rows(group, segment, {0, rows}, seen, T{1}, softmax, scores, score_stride, scores, score_stride, factors);
   combine_rows(rows, d, seen.size(), scores, score_stride, p.shape.dtype, segment.value(group, seen.begin),
                segment.v.stride[2], sum, d_padded, Mode::overwrite);
 }
@@ -221,21 +247,21 @@ template <class T>
 void merge_row(const AttentionForward& p, const HeadGroup& group, int64_t row, int64_t chunks,
                const Partial<T>& partial, T* sum) {
   const int64_t d_padded = padded<T>(p.shape.head_dim), rows = group.rows();
-  RunningSoftmax<T> whole;
+  T highest = -kInfinity<T>, total{0};
   fill(sum, 0, d_padded, T{0});
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const RunningSoftmax<T>& part = partial.softmax[chunk * rows + row];
-    if (part.total == 0) continue;  // its sum was not written
-    const T highest = maximum(whole.highest, part.highest);
-    const T old_factor = exp(broadcast(whole.highest - highest))[0], factor = exp(broadcast(part.highest - highest))[0];
-    whole.highest = highest;
-    whole.total = whole.total * old_factor + part.total * factor;
+    const SoftmaxRows<T> part = partial.softmax.from(chunk * state_rows<T>(rows) + row);
+    if (*part.total == 0) continue;  // its sum was not written
+    const T before = highest;
+    highest = maximum(before, *part.highest);
+    const T old_factor = exp(broadcast(before - highest))[0], factor = exp(broadcast(*part.highest - highest))[0];
+    total = total * old_factor + *part.total * factor;
     const T* part_sum = partial.sum + (chunk * rows + row) * d_padded;
     for (int64_t j = 0; j < d_padded; j += kLanes<T>) {
       store(sum + j, load(sum + j) * old_factor + load(part_sum + j) * factor);
     }
   }
-  store_results(p, group, {row, row + 1}, &whole, sum);
+  store_results(p, group, {row, row + 1}, SoftmaxRows<T>(&highest, &total), sum);
 }
 
 template <class T>
@@ -245,10 +271,10 @@ void forward_few(const AttentionForward& p) {
   const Pieces prefix_chunks(p.shape.prefix, kFewRowsKeys, 1), key_chunks(p.shape.keys, kFewRowsKeys, 1);
   const int64_t chunks = prefix_chunks.count + key_chunks.count;
   Scratch scratch;
-  const Partial<T> partial{scratch.take<RunningSoftmax<T>>(groups * chunks * rows),
-                           scratch.take<T>(groups * chunks * rows * d_padded)};
+  const SoftmaxRows<T> softmax(groups * chunks * state_rows<T>(rows), scratch);
+  T* const sums = scratch.take<T>(groups * chunks * rows * d_padded);
   const auto of_group = [&](int64_t group) {
-    return Partial<T>{partial.softmax + group * chunks * rows, partial.sum + group * chunks * rows * d_padded};
+    return Partial<T>{softmax.from(group * chunks * state_rows<T>(rows)), sums + group * chunks * rows * d_padded};
   };
   parallel_for(groups * chunks, [&](int64_t task) {
     const HeadGroup group(p.shape, p.rule, task / chunks);
@@ -256,7 +282,7 @@ void forward_few(const AttentionForward& p) {
     const bool prefix = chunk < prefix_chunks.count;
     const Partial<T> mine = of_group(task / chunks);
     attend_few(p, group, Segment(p, prefix), prefix ? prefix_chunks[chunk] : key_chunks[chunk - prefix_chunks.count],
-               mine.softmax + chunk * rows, mine.sum + chunk * rows * d_padded);
+               mine.softmax.from(chunk * state_rows<T>(rows)), mine.sum + chunk * rows * d_padded);
   });
   parallel_for(groups, [&](int64_t index) {
     const HeadGroup group(p.shape, p.rule, index);

@@ -117,7 +117,7 @@ struct Segment {
 // ---- rows of scores ----
 //
 // A row of n scores lies in memory that may be overwritten up to one vector past its end, so that all work is
-// on whole vectors; finish_scores puts -inf there, which every later step leaves without effect.
+// on whole vectors; close_scores puts -inf there, which every later step leaves without effect.
 
 template <class T>
 inline void fill(T* x, int64_t begin, int64_t end, T value) {
@@ -170,6 +170,12 @@ inline void apply_mask(const uint8_t* mask, int64_t stride, int64_t n, T* x) {
   }
 }
 
+template <class T>
+inline void close_scores(int64_t n, T* x) {
+  const int64_t whole = n / kLanes<T> * kLanes<T>;
+  if (whole < n) store(x + whole, select(first_lanes<T>(n - whole), load(x + whole), broadcast(-kInfinity<T>)));
+}
+
 // x holds scale * q.k of one row and its keys first .. first + n - 1; afterwards
 //     softcap * tanh(x / softcap) + bias, or -inf where the mask does not let the row attend.
 // slope, where it is given, gets the derivative of the softcap: 1 - tanh(x / softcap)^2.
@@ -194,54 +200,8 @@ inline void finish_scores(const HeadGroup& group, int64_t row, bool prefix, int6
       apply_mask(static_cast<const uint8_t*>(rule.mask.data) + offset, rule.mask.stride[3], n, x);
     }
   }
-  const int64_t whole = n / kLanes<T> * kLanes<T>;
-  if (whole < n) store(x + whole, select(first_lanes<T>(n - whole), load(x + whole), broadcast(-kInfinity<T>)));
+  close_scores(n, x);
 }
-
-template <class T>
-inline T largest(int64_t n, const T* x) {
-  Vec<T> result = broadcast(-kInfinity<T>);
-  for (int64_t j = 0; j < n; j += kLanes<T>) result = max(result, load(x + j));
-  return max_lane(result);
-}
-
-// x = exp(x - shift); returns the sum.
-template <class T>
-inline T exponentiate(int64_t n, T* x, T shift) {
-  Vec<T> total{};
-  for (int64_t j = 0; j < n; j += kLanes<T>) {
-    const Vec<T> e = exp(load(x + j) - shift);
-    store(x + j, e);
-    total += e;
-  }
-  return sum(total);
-}
-
-// The softmax of one row over blocks of keys, one after the other (Milakov & Gimelshein 2018, algorithm 3):
-// total = sum over the keys so far of exp(score - highest).
-template <class T>
-struct RunningSoftmax {
-  T highest = -kInfinity<T>, total = 0;
-
-  // Finished scores become exp(score - highest), with the new highest; returns what all that was summed with
-  // the old one must be multiplied by.
-  T add(int64_t n, T* x) {
-    const T before = highest;
-    highest = maximum(before, largest(n, x));
-    // A row that has seen only -inf is shifted by 0: -inf minus -inf would be NaN.
-    const T shift = highest == -kInfinity<T> ? T{0} : highest;
-    const T factor = before == highest ? T{1} : exp(broadcast(before - shift))[0];
-    total = total * factor + exponentiate(n, x, shift);
-    return factor;
-  }
-
-  T log_sum_exp() const {
-    if (total == 0) return -kInfinity<T>;
-    if constexpr (std::is_same_v<T, float>) return highest + __builtin_logf(total);
-    return highest + static_cast<T>(__builtin_log(static_cast<double>(total)));
-  }
-  T inverse_total() const { return total == 0 ? T{0} : T{1} / total; }
-};
 
 // ---- results ----
 

@@ -148,7 +148,7 @@ double peak_flops(DType type, double seconds) {
   double rate = 0;
   visit_arithmetic(type, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int64_t m = kTileRows, n = kPanelColumns<T>, k = 96;
+    constexpr int64_t m = kTileRows<T>, n = kPanelColumns<T>, k = 96;
     Scratch scratch;
     T* const a = scratch.take<T>(m * k);
     T* const panel = scratch.take<T>(panel_size<T>(k, n));

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kSliceColumns = 128;
 // Rows that a task takes through a slice: so many that converting the slice costs no more.
 constexpr int64_t kTaskRows = 768;
-constexpr int64_t kBlockRows = 8 * kTileRows;
+constexpr int64_t kBlockRows = 8 * kTileRows<float>;
 static_assert(kSliceColumns % kPanelColumns<float> == 0 && kTaskRows % kBlockRows == 0);
 // Of a block of a, what is converted at a time.
 constexpr int64_t kDepthStep = 2 * kKBlock;

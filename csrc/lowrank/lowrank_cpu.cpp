@@ -28,7 +28,7 @@ namespace lwft::LWFT_ISA {
 namespace {
 
 // Tokens of a block: a multiple of kTileRows, and 48 x kColumns floats fit the first cache beside a panel.
-constexpr int64_t kBlockRows = 48, kLeastBlockRows = 2 * kTileRows;
+constexpr int64_t kBlockRows = 48, kLeastBlockRows = 2 * kTileRows<float>;
 // A short batch is cut into about so many blocks, a matrix into so many slices, for as many threads.
 constexpr int64_t kBlocks = 32, kSlices = 16;
 // Columns of a wide matrix that are written in one step: one block of the dropout stream, whole panels on
@@ -93,7 +93,7 @@ Plan make_plan(int64_t tokens, int64_t adapters, const int64_t* adapter_index, S
     for (int64_t token = 0; token < tokens; ++token) order[next[group_of(token)]++] = token;
   }
 
-  const int64_t wished = round_up(ceil_div(tokens, kBlocks), kTileRows);
+  const int64_t wished = round_up(ceil_div(tokens, kBlocks), kTileRows<float>);
   const int64_t block_rows = maximum(kLeastBlockRows, minimum(wished, kBlockRows));
   group_block[0] = 0;
   for (int64_t group = 0; group < groups; ++group) {

@@ -23,7 +23,7 @@ def choose(wish: str | None) -> tuple[str, str]:
 
 
 def test_levels_rise_from_the_baseline() -> None:
-    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    order = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
     assert LEVELS[0] == "baseline"
     assert [name for name in order if name in LEVELS] == LEVELS
 

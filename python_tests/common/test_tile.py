@@ -48,6 +48,12 @@ SIZES = [
     (37, 97, 257),
     (48, 64, 512),
     (3, 200, 1031),
+    # tile registers: whole tiles of 16 and what is left, of rows and of pairs, in one to four columns of tiles
+    (16, 16, 32),
+    (32, 64, 64),
+    (50, 48, 96),
+    (63, 130, 530),
+    (64, 20, 289),
     *[(m, n, k) for m in (0, 3) for n in (0, 7) for k in (0, 5)],
 ]
 

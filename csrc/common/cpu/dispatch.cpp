@@ -1,5 +1,5 @@
 // Compiled with the flags of the baseline. The build passes the levels it compiled, worst first:
-//     -DLWFT_ISA_LEVELS="X(baseline) X(avx2) X(avx512) X(avx512_bf16)"
+//     -DLWFT_ISA_LEVELS="X(baseline) X(avx2) X(avx512) X(avx512_bf16) X(amx_bf16)"
 #include "common/cpu/dispatch.h"
 
 #include <cstdio>
@@ -8,6 +8,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace lwft {
@@ -36,6 +40,21 @@ bool has_f16c() {
   unsigned eax, ebx, ecx = 0, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
+
+// Whether the processor multiplies bfloat16 in matrix registers and the system lets this process use them, for which a
+// process must ask (Linux, Documentation/arch/x86/xstate.rst). Threads that start later have the permission too.
+bool may_use_amx_bf16() {
+#if defined(__linux__)
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
+  unsigned eax, ebx, ecx, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kBFloat16) == 0 || (edx & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 // __builtin_cpu_supports also asks whether the operating system saves the registers.
@@ -48,7 +67,9 @@ bool runs_here(const char* isa) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (std::strcmp(isa, "avx2") == 0) return avx2;
   if (std::strcmp(isa, "avx512") == 0) return avx512;
-  if (std::strcmp(isa, "avx512_bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (std::strcmp(isa, "avx512_bf16") == 0) return avx512_bf16;
+  if (std::strcmp(isa, "amx_bf16") == 0) return avx512_bf16 && may_use_amx_bf16();
 #endif
   return false;
 }

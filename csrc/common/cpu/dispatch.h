@@ -14,7 +14,7 @@
 namespace lwft {
 
 struct CpuKernels {
-  const char* isa;  // "baseline", "avx2", "avx512", "avx512_bf16"; on other processors "baseline" only
+  const char* isa;  // "baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"; on other processors "baseline" only
   const NormKernels* norm;
   const AdapterKernels* adapter;
   const LowRankKernels* lowrank;

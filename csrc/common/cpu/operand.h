@@ -24,15 +24,18 @@ constexpr int64_t kUnit = kIsPair<E> ? 2 : 1;
 template <class E>
 using Element = std::conditional_t<kIsPair<E>, BFloat16, E>;
 
+template <class E>
+inline Element<E>* elements_of(E* operand) {
+  return reinterpret_cast<Element<E>*>(operand);
+}
+
 // A row of n numbers to be written one by one: an odd last pair is filled with zero already.
 template <class E>
 inline Element<E>* elements(E* row, int64_t n) {
   if constexpr (kIsPair<E>) {
     row[pairs(n) - 1].second = 0;
-    return reinterpret_cast<BFloat16*>(row);
-  } else {
-    return row;
   }
+  return elements_of(row);
 }
 
 // A row of n numbers, rounded to E if need be; an odd last pair is filled with zero.

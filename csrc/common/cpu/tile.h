@@ -30,7 +30,8 @@ template <class T>
 constexpr int64_t kPanelColumns = kPanelVectors * kLanes<T>;
 constexpr int64_t kKBlock = 256;
 
-// Rows of a tile of C of full width: a caller's block of rows is best a multiple of it (48, say).
+// Rows that a product takes at once: a caller's block of rows is best a multiple of it (48, say).
+template <class T>
 constexpr int64_t kTileRows = 6;
 
 enum class Mode { overwrite, accumulate };
@@ -89,6 +90,10 @@ struct SumType<BFloat16Pair> {
 constexpr bool kMultipliesBFloat16 = true;
 #else
 constexpr bool kMultipliesBFloat16 = false;
+#endif
+#if defined(__AMX_BF16__)
+template <>
+constexpr int64_t kTileRows<BFloat16Pair> = 32;  // two tile registers: tile_amx.h
 #endif
 
 // All of the above holds for gemm<BFloat16Pair> with k, a_row, a_col and the panels counted in pairs. It exists only

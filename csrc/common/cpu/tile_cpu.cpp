@@ -6,6 +6,10 @@
 #include "common/cpu/tile.h"
 
 #include "common/cpu/convert.h"
+#include "common/cpu/transpose.h"
+#if defined(__AMX_BF16__)
+#include "common/cpu/tile_amx.h"
+#endif
 
 namespace lwft::LWFT_ISA {
 
@@ -24,7 +28,7 @@ void clear_rows(int64_t m, int64_t columns, T* c, int64_t ldc) {
 constexpr int kSums = kVectorRegisters == 32 ? 24 : 12;
 // A narrow tile has more rows, so that it still has enough independent sums.
 constexpr int tile_rows(int vectors) { return minimum(12, kSums / vectors); }
-static_assert(tile_rows(kPanelVectors) == kTileRows);
+static_assert(tile_rows(kPanelVectors) == kTileRows<float>);
 
 // How the tile multiplies elements of T: a vector of them, one of them in all lanes, and the sum.
 template <class T>
@@ -120,6 +124,13 @@ template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels, SumOf<T>* c,
           int64_t ldc, Mode mode) {
   if (k == 0 && mode == Mode::overwrite) clear_rows(m, padded<T>(n), c, ldc);
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, BFloat16Pair>) {
+    if (m > kRowsForTiles && k > 0 && (a_row == 1 || a_col == 1)) {
+      return gemm_on_tiles(m, n, k, a, a_row, a_col, panels, c, ldc, mode);
+    }
+  }
+#endif
   for (int64_t k0 = 0; k0 < k; k0 += kKBlock) {
     const Mode block_mode = k0 == 0 ? mode : Mode::accumulate;
     for (int64_t j = 0; j < n; j += kPanelColumns<T>) {
@@ -146,56 +157,6 @@ void gemm_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64
 // ---- packing ----
 
 namespace {
-
-// One step of transposing a square of vectors: in each pair of rows `Distance` apart, blocks of Distance
-// lanes change places across the diagonal. Steps 1, 2, 4, ... lanes/2 together transpose the square.
-template <int Distance, class V, int... I>
-inline V upper_rows(V a, V b, std::integer_sequence<int, I...>) {
-  constexpr int N = kLanesOf<V>;
-  return __builtin_shufflevector(a, b, ((I & Distance) ? N + I - Distance : I)...);
-}
-template <int Distance, class V, int... I>
-inline V lower_rows(V a, V b, std::integer_sequence<int, I...>) {
-  constexpr int N = kLanesOf<V>;
-  return __builtin_shufflevector(a, b, ((I & Distance) ? N + I : I + Distance)...);
-}
-
-template <int Distance, class V>
-inline void transpose_steps(V* rows) {
-  constexpr int N = kLanesOf<V>;
-  if constexpr (Distance < N) {
-    using Index = std::make_integer_sequence<int, N>;
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {
-      if (i & Distance) continue;
-      const V a = rows[i], b = rows[i + Distance];
-      rows[i] = upper_rows<Distance>(a, b, Index{});
-      rows[i + Distance] = lower_rows<Distance>(a, b, Index{});
-    }
-    transpose_steps<2 * Distance>(rows);
-  }
-}
-
-// `columns` columns (at most a vector of them), each contiguous, into the lanes of a panel of that width.
-template <class T, class Storage>
-inline void pack_transposed(const Storage* source, int64_t col_stride, int64_t k, int64_t columns, T* to,
-                            int64_t width) {
-  constexpr int N = kLanes<T>;
-  for (int64_t l = 0; l < k; l += N) {
-    const int64_t depth = minimum<int64_t>(N, k - l);
-    Vec<T> square[N];
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {
-      const Storage* from = source + i * col_stride + l;
-      square[i] = i >= columns ? Vec<T>{} : depth == N ? load_as<T>(from) : load_first_as<T>(from, depth);
-    }
-    transpose_steps<1>(square);
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {
-      if (i < depth) store(to + (l + i) * width, square[i]);
-    }
-  }
-}
 
 // A panel of `columns` columns from rows that lie as they are.
 template <class T, class Storage>

@@ -1,6 +1,6 @@
 // Vectors: what the kernels are written in. One source, compiled once per instruction set ("level").
 //
-// A level is a set of compiler flags plus -DLWFT_ISA=<baseline|avx2|avx512|avx512_bf16>. Everything a kernel
+// A level is a set of compiler flags plus -DLWFT_ISA=<baseline|avx2|avx512|avx512_bf16|amx_bf16>. Everything a kernel
 // includes lives in namespace lwft::LWFT_ISA: were an inline function shared by two levels, the linker would
 // keep one copy, and if that is the AVX-512 one an older machine dies in it. So these headers hold no code of
 // the standard library either: no std::vector, no std::min.
