@@ -423,6 +423,27 @@ def test_dropout(family):
     assert torch.equal(once, again)
 
 
+@pytest.mark.parametrize("form", ["no mask", "bool", "packed", "sinks"])
+def test_dropout_is_that_of_sdpa(form):
+    # equal scores and values of one: a result is the part of its weights that was kept
+    q, k, v = torch.zeros(2, 4, 64, 8), torch.zeros(2, 2, 64, 8), torch.ones(2, 2, 64, 8)
+    options = {"dropout": 0.3, "scaling": 1.0, "is_causal": False}
+    mask = torch.arange(64) < 40 if form == "bool" else None
+    mask = None if mask is None else mask.expand(2, 1, 64, 64)
+    more, keys = {}, 40 if form == "bool" else 64
+    if form == "packed":
+        q, k, v, keys = q[:1], k[:1], v[:1], 32
+        more = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 32, 64]))
+    if form == "sinks":  # as much weight as all the keys, and never dropped
+        more["s_aux"] = torch.full((4,), 64.0).log()
+    ours = torch.stack([attention_forward(Layer(False), q, k, v, mask, **options, **more)[0] for _ in range(40)])
+    theirs = torch.stack(
+        [sdpa_attention_forward(Layer(False), q, k[:, :, :keys], v[:, :, :keys], None, **options)[0] for _ in range(40)]
+    )
+    ours, theirs = ours[..., 0].flatten(), theirs[..., 0].flatten()  # of each head one number, there are eight alike
+    assert agree(ours * 2 if form == "sinks" else ours, theirs)
+
+
 def agree(x, y):
     """Whether two samples agree in mean and variance: within four standard errors of the difference."""
     n, deviations = len(x), []
