@@ -10,7 +10,7 @@ import torch
 
 import lwft_kernels
 
-from . import adapter, add_layer_norm, attention, lora, low_rank, work
+from . import adapter, add_layer_norm, attention, lora, low_rank, peft_module, work
 from .case import Arguments, Case, Family, NotOffered, Run, in_preset, leaves, normal
 from .correctness import Checker
 from .memory import peak_memory, settle_allocator
@@ -23,6 +23,7 @@ FAMILIES = {
     "lora": lora.FAMILY,
     "low_rank": low_rank.FAMILY,
     "add_layer_norm": add_layer_norm.FAMILY,
+    "peft": peft_module.FAMILY,
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MODES = ("fwd", "fwdbwd")
