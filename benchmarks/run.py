@@ -10,7 +10,7 @@ import torch
 
 import lwft_kernels
 
-from . import adapter, add_layer_norm, attention, lora, low_rank, torch_nn, work
+from . import adapter, add_layer_norm, attention, lora, low_rank, peft_module, torch_nn, work
 from .case import Arguments, Case, Family, NotOffered, Run, in_preset, leaves, normal
 from .correctness import Checker
 from .memory import peak_memory, settle_allocator
@@ -24,6 +24,7 @@ FAMILIES = {
     "low_rank": low_rank.FAMILY,
     "add_layer_norm": add_layer_norm.FAMILY,
     "torch_nn": torch_nn.FAMILY,
+    "peft": peft_module.FAMILY,
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MODES = ("fwd", "fwdbwd")

@@ -139,14 +139,7 @@ def attempt(op: str, function: Callable[..., Tensor], x: object, *args: Any) -> 
     Looking at every argument costs more than a small call. So an eager call on the CPU is tried first: the op refuses
     what does not go together before it computes anything, and the caller, given None, looks for what it is.
     """
-    if (
-        _backend == "reference"
-        or library_error is not None
-        or not isinstance(x, Tensor)
-        or not x.is_cpu
-        or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-    ):
+    if not attempts(x):
         return None
     try:
         result = function(x, *args)
@@ -154,6 +147,18 @@ def attempt(op: str, function: Callable[..., Tensor], x: object, *args: Any) -> 
         return None
     _fast[op] += 1
     return result
+
+
+def attempts(x: object) -> bool:
+    """Whether `attempt` would try a call on `x`: to be asked before a random seed is drawn for one."""
+    return (
+        _backend != "reference"
+        and library_error is None
+        and isinstance(x, Tensor)
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def record_fast(op: str) -> None:

@@ -376,13 +376,16 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
 
 
-def test_the_reference_backend_is_followed():
-    model, x = build().eval(), torch.randn(5, WIDTH)
-    expected = model(x)
+def test_the_reference_backend_is_followed_and_draws_the_same():
+    model, x = build(lora_dropout=0.5), torch.randn(5, WIDTH)
     lwft_kernels.accelerate(model)
+    torch.manual_seed(2)
+    expected = model(x)
+    lwft_kernels.reset_stats()
     with lwft_kernels.use_backend("reference"):
+        torch.manual_seed(2)
         torch.testing.assert_close(model(x), expected)
-    assert fast() == 0
+    assert fast() == 0 and not reasons()
 
 
 def add_second(model, **options):

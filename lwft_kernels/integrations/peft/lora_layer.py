@@ -88,6 +88,8 @@ def _simple(module: lora.Linear, x: Tensor) -> Tensor | None:
     weight, bias = held.get("weight"), held["bias"]
     if type(weight) is not nn.Parameter or (bias is not None and type(bias) is not nn.Parameter):
         return None
+    if dropout_p and not backend.attempts(x):
+        return None
     seed = dropout.draw_seed(x.device) if dropout_p else None
     out: Tensor | None = backend.attempt(
         "lora_linear", autograd.lora_linear, x, weight, bias, a, b, None, seed, scale, dropout_p
@@ -286,13 +288,14 @@ def _with_base(x: Tensor, weight: Tensor, bias: Tensor | None, branch: _Branch) 
     tokens = branch.index
     if tokens is not None:
         tokens = tokens.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1]).reshape(-1)
-    seed = dropout.draw_seed(x.device) if branch.dropout_p else None
-    found = backend.attempt(
-        "lora_linear", autograd.lora_linear, x, weight, bias, branch.a, branch.b, tokens, seed, branch.scale,
-        branch.dropout_p,
-    )  # fmt: skip
-    if found is not None:
-        return found
+    if backend.attempts(x):
+        seed = dropout.draw_seed(x.device) if branch.dropout_p else None
+        found = backend.attempt(
+            "lora_linear", autograd.lora_linear, x, weight, bias, branch.a, branch.b, tokens, seed, branch.scale,
+            branch.dropout_p,
+        )  # fmt: skip
+        if found is not None:
+            return found
     return LF.lora_linear(
         x, weight, bias, branch.a, branch.b, scale=branch.scale, dropout_p=branch.dropout_p,
         adapter_index=branch.index,
