@@ -11,6 +11,7 @@ from environment import HAS_ADAPTERS
 
 import lwft_kernels
 from lwft_kernels import backend
+from lwft_kernels.integrations import reached
 
 # Where AdapterHub is not, its tests are not there either, rather than skipped; where it is, the Makefile names them.
 if not HAS_ADAPTERS:
@@ -22,6 +23,7 @@ def fresh_state() -> None:
     """The same random numbers whatever ran before, and counts of this test alone."""
     torch.manual_seed(0)
     lwft_kernels.reset_stats()
+    reached._classes.clear()  # which classes torch.compile has traced
 
 
 @pytest.fixture
