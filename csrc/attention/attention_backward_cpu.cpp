@@ -154,8 +154,8 @@ void prepare(const HeadGroup& group, const Segment& segment, Range block, RowGro
     if (n <= 0) continue;
     const int64_t at = (rows.start + i) * kScoreStride<T> + rows.begin(i);
     T *const scores = buffers.scores + at, *const dscores = buffers.dscores + at;
-    rows.scale = prepare_scores(group, row, segment.prefix, rows.seen[i].begin, n, scale, scores,
-                                buffers.slope + i * kScoreStride<T>);
+    rows.scale = finish_scores(group, row, segment.prefix, rows.seen[i].begin, n, scale, scores,
+                               buffers.slope + i * kScoreStride<T>);
     rows.largest[i] = largest_lanes(n, scores);
     fill(dscores, n, padded<T>(n), T{0});
     if (!dropout.active()) continue;

@@ -73,7 +73,7 @@ void softmax_rows(const HeadGroup& group, const Segment& segment, Range rows, Ra
       seen[i] = intersect(segment.visible(group, row), keys);
       if (seen[i].empty()) continue;
       T* const x = scores + (begin + i) * stride + seen[i].begin - keys.begin;
-      left = prepare_scores(group, row, segment.prefix, seen[i].begin, seen[i].size(), scale, x);
+      left = finish_scores<T>(group, row, segment.prefix, seen[i].begin, seen[i].size(), scale, x, nullptr);
       lanes[i] = largest_lanes(seen[i].size(), x);
     }
     const SoftmaxRows<T> states = softmax.from(begin);

@@ -130,19 +130,20 @@ inline void scale_row(int64_t n, T* x, T factor) {
   for (int64_t j = 0; j < n; j += kLanes<T>) store(x + j, load(x + j) * factor);
 }
 
+// x = scale * x + bias
 template <class T>
-inline void add_bias(const AttentionRule& rule, int64_t offset, int64_t n, T* x) {
+inline void add_bias(const AttentionRule& rule, int64_t offset, int64_t n, T scale, T* x) {
   visit_storage(rule.bias_dtype, [&](auto storage) {
     using Storage = decltype(storage);
     const Storage* bias = static_cast<const Storage*>(rule.bias.data) + offset;
     if (rule.bias.stride[3] == 0) {
       const Vec<T> same = broadcast(load_one<T>(bias));
-      for (int64_t j = 0; j < n; j += kLanes<T>) store(x + j, load(x + j) + same);
+      for (int64_t j = 0; j < n; j += kLanes<T>) store(x + j, load(x + j) * scale + same);
       return;
     }
     int64_t j = 0;
-    for (; j + kLanes<T> <= n; j += kLanes<T>) store(x + j, load(x + j) + load_as<T>(bias + j));
-    if (j < n) store(x + j, load(x + j) + load_first_as<T>(bias + j, n - j));
+    for (; j + kLanes<T> <= n; j += kLanes<T>) store(x + j, load(x + j) * scale + load_as<T>(bias + j));
+    if (j < n) store(x + j, load(x + j) * scale + load_first_as<T>(bias + j, n - j));
   });
 }
 
@@ -176,31 +177,37 @@ inline void close_scores(int64_t n, T* x) {
   if (whole < n) store(x + whole, select(first_lanes<T>(n - whole), load(x + whole), broadcast(-kInfinity<T>)));
 }
 
-// x holds scale * q.k of one row and its keys first .. first + n - 1; afterwards
-//     softcap * tanh(x / softcap) + bias, or -inf where the mask does not let the row attend.
-// slope, where it is given, gets the derivative of the softcap: 1 - tanh(x / softcap)^2.
+// x holds products of one row and its keys first .. first + n - 1, `scale` times which are q.k times the rule's scale;
+// afterwards, but for the factor that is returned and is positive,
+//     softcap * tanh(scale * x / softcap) + bias, or -inf where the mask does not let the row attend.
+// slope, where it is given, gets the derivative of the softcap: 1 - tanh(scale * x / softcap)^2.
 template <class T>
-inline void finish_scores(const HeadGroup& group, int64_t row, bool prefix, int64_t first, int64_t n, T* x,
-                          T* slope = nullptr) {
+inline T finish_scores(const HeadGroup& group, int64_t row, bool prefix, int64_t first, int64_t n, T scale, T* x,
+                       T* slope) {
   const AttentionRule& rule = group.rule;
   if (rule.softcap > 0) {
     const T cap = static_cast<T>(rule.softcap);
     for (int64_t j = 0; j < n; j += kLanes<T>) {
-      const Vec<T> bent = tanh(load(x + j) / cap);
+      const Vec<T> bent = tanh(load(x + j) * scale / cap);
       store(x + j, bent * cap);
       if (slope != nullptr) store(slope + j, T{1} - bent * bent);
     }
+    scale = T{1};
   }
-  if (!prefix) {
-    if (rule.bias.data != nullptr) {
-      add_bias(rule, group.offset(rule.bias.stride, row) + first * rule.bias.stride[3], n, x);
-    }
-    if (rule.mask.data != nullptr) {
-      const int64_t offset = group.offset(rule.mask.stride, row) + first * rule.mask.stride[3];
-      apply_mask(static_cast<const uint8_t*>(rule.mask.data) + offset, rule.mask.stride[3], n, x);
-    }
+  if (!prefix && rule.bias.data != nullptr) {
+    add_bias(rule, group.offset(rule.bias.stride, row) + first * rule.bias.stride[3], n, scale, x);
+    scale = T{1};
+  }
+  if (!(scale > T{0})) {  // the largest product would not give the largest score
+    scale_row(n, x, scale);
+    scale = T{1};
+  }
+  if (!prefix && rule.mask.data != nullptr) {
+    const int64_t offset = group.offset(rule.mask.stride, row) + first * rule.mask.stride[3];
+    apply_mask(static_cast<const uint8_t*>(rule.mask.data) + offset, rule.mask.stride[3], n, x);
   }
   close_scores(n, x);
+  return scale;
 }
 
 // ---- results ----

@@ -41,23 +41,6 @@ inline Vec<T> exp_difference(Vec<T> x, T scale, T shift) {
   return exp2((x * scale - shift) * Math<T>::kLog2e);
 }
 
-// Scores of one row, but for `scale`: afterwards those of the softmax but for the scale that is returned, and -inf past
-// their end.
-template <class T>
-inline T prepare_scores(const HeadGroup& group, int64_t row, bool prefix, int64_t first, int64_t n, T scale, T* x,
-                        T* slope = nullptr) {
-  const AttentionRule& rule = group.rule;
-  const bool changed = rule.softcap > 0 || (!prefix && (rule.bias.data != nullptr || rule.mask.data != nullptr));
-  // the largest product gives the largest score only if the scale is positive
-  if (!changed && scale > T{0}) {
-    close_scores(n, x);
-    return scale;
-  }
-  if (scale != T{1}) scale_row(n, x, scale);
-  finish_scores(group, row, prefix, first, n, x, slope);
-  return T{1};
-}
-
 // The state of some rows: arrays of so many and a group more.
 template <class T>
 struct SoftmaxRows {
