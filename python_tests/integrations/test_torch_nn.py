@@ -370,6 +370,11 @@ def test_encoder_layer_in_every_mask_form(masks, dtype):
     assert counts() == {"attention": (1, set()), "add_layer_norm": (2, set())}
 
 
+def option_id(options: dict[str, Any]) -> str:
+    """A function by its name: where it lies in memory differs from one test process to the next."""
+    return ",".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items()) or "default"
+
+
 OPTIONS = [
     {},
     {"activation": "gelu"},
@@ -383,7 +388,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
 def test_encoder_layer_in_every_constructor_form(options):
     layer, x = encoder_layer(**options), torch.randn(B, S, E)
     masks = {"src_key_padding_mask": hidden(*(x.shape[:2] if layer.self_attn.batch_first else (S, B)))}
@@ -418,7 +423,7 @@ def test_decoder_layer_in_every_mask_form(masks, dtype):
     assert counts() == {"attention": (2, set()), "add_layer_norm": (3, set())}
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
 def test_decoder_layer_in_every_constructor_form(options):
     layer = decoder_layer(**options)
     inputs = [torch.randn(B, S, E), torch.randn(B, L, E)]
