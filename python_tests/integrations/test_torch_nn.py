@@ -6,6 +6,7 @@ import copy
 import functools
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
