@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 ADAPTERS ?= adapters>=1.3,<1.4
 WORKERS ?= 2
 # Levels of instruction set whose memory accesses are checked. (Threads are used alike on all.)
-SANITIZED_LEVELS ?= $(if $(filter x86_64 amd64,$(shell uname -m)),baseline;avx2;avx512_bf16,baseline)
+SANITIZED_LEVELS ?= $(if $(filter x86_64 amd64,$(shell uname -m)),baseline;avx2;avx512_bf16;amx_bf16,baseline)
 
 python := $(abspath $(VENV))/bin/python
 pip := $(python) -m pip --disable-pip-version-check

@@ -96,8 +96,9 @@ template <>
 constexpr int64_t kTileRows<BFloat16Pair> = 32;  // two tile registers: tile_amx.h
 #endif
 
-// All of the above holds for gemm<BFloat16Pair> with k, a_row, a_col and the panels counted in pairs. It exists only
-// where kMultipliesBFloat16. A row-major bfloat16 matrix of even row stride and even k is an A as it lies.
+// All of the above holds for gemm<BFloat16Pair> with k, a_row, a_col and the panels counted in pairs; in matrix registers
+// (tile_amx.h) the sum over k is one chain. It exists only where kMultipliesBFloat16. A row-major bfloat16 matrix of even
+// row stride and even k is an A as it lies.
 
 constexpr int64_t pairs(int64_t k) { return ceil_div(k, 2); }
 
