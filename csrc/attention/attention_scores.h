@@ -60,8 +60,9 @@ struct HeadGroup {
 
   int64_t number() const { return batch * shape.kv_heads + kv_head; }
   int64_t rows() const { return group_size * shape.queries; }
-  int64_t query(int64_t row) const { return row / group_size; }
-  int64_t head(int64_t row) const { return kv_head * group_size + row % group_size; }
+  // Without shared heads no division, which for short rows of scores costs as much as the rest of their bookkeeping.
+  int64_t query(int64_t row) const { return group_size == 1 ? row : row / group_size; }
+  int64_t head(int64_t row) const { return group_size == 1 ? kv_head : kv_head * group_size + row % group_size; }
   // Of a row in a (B, H, S, ...) tensor.
   int64_t offset(const int64_t (&stride)[4], int64_t row) const {
     return batch * stride[0] + head(row) * stride[1] + query(row) * stride[2];
@@ -71,8 +72,8 @@ struct HeadGroup {
 
   // The keys a row sees, but for the mask. Neither end decreases from row to row.
   Range visible(int64_t row) const {
-    const int64_t position = query(row) + shape.keys - shape.queries;
     Range keys{0, shape.keys};
+    const int64_t position = rule.causal || rule.window > 0 ? query(row) + shape.keys - shape.queries : 0;
     if (rule.causal) keys.end = minimum(keys.end, position + 1);
     if (rule.window > 0) {
       const int64_t window = minimum(rule.window, shape.keys + shape.queries);  // more says no more, and may overflow
