@@ -37,7 +37,7 @@ def difference(
 ) -> str | None:
     """What `module`, of float64, and the same one swapped differ in, or None: for the self-test of the drift guard.
 
-    Compared are the results of `calls`, by name, and the gradients of the parameters.
+    Compared are the results of `calls`, by name, and the gradients of the parameters that are trained.
     """
     found = []
     for kind in (type(module), ours):
@@ -45,8 +45,8 @@ def difference(
         results = calls(module)
         total = torch.cat([out.flatten() * torch.linspace(-1, 1, out.numel()) for out in results.values()]).sum()
         # all in one: that of a key's bias is nothing but rounding errors, however it is computed
-        gradients = [gradient.flatten() for gradient in torch.autograd.grad(total, list(module.parameters()))]
-        found.append({**results, "the gradient of the parameters": torch.cat(gradients)})
+        gradients = torch.autograd.grad(total, [p for p in module.parameters() if p.requires_grad])
+        found.append({**results, "the gradient of the parameters": torch.cat([grad.flatten() for grad in gradients])})
     return drift.first_difference(found[1], found[0])
 
 
@@ -59,13 +59,18 @@ def described(kind: type) -> str:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` does more than its class's forward: what is read instead of called would miss it."""
+    return has_own_hooks(module) or _has_any_global_hook()
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """`has_hooks`, but for the hooks that are registered for all modules."""
+    state = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _has_any_global_hook()
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
     )
 
 

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lwft_kernels.integrations import drift
-from lwft_kernels.integrations.class_swap import swapped
+from lwft_kernels.integrations.class_swap import difference, swapped
 from lwft_kernels.integrations.peft import dora, lora_attention, lora_layer, quantised
 from lwft_kernels.integrations.report import Change
 
@@ -130,16 +130,13 @@ def _differs(upstream: type[nn.Module], ours: type[nn.Module], **options: Any) -
     for parameter in (p for name, p in layer.named_parameters() if "lora_" in name):
         parameter.requires_grad_(True)
     x = torch.randn(3, 4, width, dtype=dtype, requires_grad=True)
-    found: list[dict[str, Tensor | None]] = []
-    for kind in (upstream, ours):
-        layer.__class__ = kind
-        layer.zero_grad()
-        x.grad = None
+
+    def calls(layer: Any) -> dict[str, Tensor]:
         out = layer(x, x, x, need_weights=False)[0] if attention else layer(x)
-        out.square().sum().backward()
-        gradients = {name: p.grad for name, p in layer.named_parameters() if "lora_" in name}
-        found.append({"the result": out.detach(), "the gradient of x": x.grad, **gradients})
-    return drift.first_difference(found[1], found[0])
+        (grad,) = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
+        return {"the result": out, "the gradient of x": grad}
+
+    return difference(layer, ours, calls)
 
 
 # Aqlm, Awq, GPTQ, Hqq, 4-bit and 8-bit of bitsandbytes in PEFT 0.21.2

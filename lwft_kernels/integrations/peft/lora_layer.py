@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lwft_kernels import backend, checks, dropout, registration
 from lwft_kernels import functional as LF
 from lwft_kernels.integrations import reached
-from lwft_kernels.integrations.class_swap import has_hooks, is_plain
+from lwft_kernels.integrations.class_swap import has_hooks, has_own_hooks, is_plain
 from lwft_kernels.integrations.peft import dora
 from lwft_kernels.lowrank import autograd
 
@@ -79,7 +79,7 @@ def _simple(module: lora.Linear, x: Tensor) -> Tensor | None:
         return None
     base = state["_modules"]["base_layer"]
     parts = _parts(module, name)
-    if isinstance(parts, str) or type(base) is not nn.Linear or _hooked(base):
+    if isinstance(parts, str) or type(base) is not nn.Linear or has_own_hooks(base):
         return None
     a, b, lora_bias, scale, dropout_p = parts
     if lora_bias is not None:
@@ -110,7 +110,7 @@ def _parts(module: Any, name: str) -> _Parts | str:
     part = modules["lora_dropout"]._modules.get(name)
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return f"the adapter's layer is a {type(up if type(down) is nn.Linear else down).__name__}"
-    if _hooked(down) or _hooked(up) or _hooked(part) or _has_any_global_hook():
+    if has_own_hooks(down) or has_own_hooks(up) or has_own_hooks(part) or _has_any_global_hook():
         return "the adapter's layers have hooks"
     if type(part) is nn.Dropout and not part.inplace:
         dropout_p = part.p if part.training else 0.0
@@ -136,18 +136,6 @@ def _parts(module: Any, name: str) -> _Parts | str:
             return f"the scaling is a {type(scale).__name__}"
         scale = float(scale)
     return a, b, bias, scale, dropout_p
-
-
-def _hooked(module: Any) -> bool:
-    """`has_hooks` but for the hooks of all modules, which are asked for once."""
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
 
 
 def lora_forward(module: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

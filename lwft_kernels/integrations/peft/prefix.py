@@ -42,7 +42,7 @@ from lwft_kernels.integrations.class_swap import described, has_hooks, swapped
 from lwft_kernels.integrations.report import Change
 from lwft_kernels.integrations.transformers import attention as attention_room
 from lwft_kernels.integrations.transformers.masks import CompactMask, Rule
-from lwft_kernels.integrations.transformers.models import _calls_interface
+from lwft_kernels.integrations.transformers.models import calls_interface
 
 _PREFIX, _ADAPTION = "peft prefix tuning", "peft AdaptedAttention"  # as declined calls are named in stats()
 
@@ -154,7 +154,7 @@ class Prefix:
             key, value = _joined(prefix_key, key), _joined(prefix_value, value)
             return attention_room.attention_forward(module, query, key, value, attention_mask, **options)
         reached.mark(module)
-        out = attention_room._attend(
+        out = attention_room.attend(
             query, key, value, rule, None, options.get("s_aux"), scale=options["scaling"],
             softcap=options.get("softcap"), dropout_p=options["dropout"], prefix_k=prefix_key, prefix_v=prefix_value,
         )  # fmt: skip
@@ -193,7 +193,7 @@ def _rule_beside(
         return f"the prefix is {prefix.dtype}, the keys are {key.dtype}"
     # as the attention room asks of its own calls
     kwargs = {name: given for name, given in options.items() if name not in ("position_bias", "s_aux", "softcap")}
-    reason = attention_room._why_not(
+    reason = attention_room.why_not(
         query, key, value, attention_mask, options.get("scaling"), options.get("s_aux"), None, kwargs
     )
     if reason is not None:
@@ -475,7 +475,7 @@ def _why_not_peft_model(module: PeftModel) -> str | None:
     if "forward" in module.__dict__ and getattr(module.forward, "__func__", None) is not type(module).forward:
         return "somebody else has replaced its forward"
     parts = module.get_base_model().modules()
-    numbers = [getattr(part, "layer_idx", None) for part in parts if _calls_interface(part)]
+    numbers = [getattr(part, "layer_idx", None) for part in parts if calls_interface(part)]
     if None in numbers or len(numbers) != len(set(numbers)) or not numbers:
         return "its attention layers are not numbered one by one"
     return None

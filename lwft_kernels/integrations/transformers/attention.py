@@ -5,6 +5,7 @@ What the op cannot serve is computed by the library's own path and counted, with
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -57,7 +58,7 @@ def attention_forward(
         if kwargs.get(name) is not None:  # SDPA would attend to everything and not say so
             raise NotImplementedError(f"attention over {name} only is not supported: use accelerate(attention=False)")
     packing = Packing.of(kwargs)
-    reason = _why_not(query, key, value, attention_mask, scaling, s_aux, packing, kwargs)
+    reason = why_not(query, key, value, attention_mask, scaling, s_aux, packing, kwargs)
     if reason is not None:
         backend.record_decline(_OP, reason)
         own = {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
@@ -76,15 +77,13 @@ def attention_forward(
     if packing is not None:
         rule = packing.restrict(rule, queries, key.shape[2], bias)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        return _attend(query, key, value, rule, bias, s_aux, scale=scaling, softcap=softcap, dropout_p=dropout)
-
+    by_rule = functools.partial(attend, bias=bias, sinks=s_aux, scale=scaling, softcap=softcap, dropout_p=dropout)
     if rule.sequences is None:
-        return attend(query, key, value, rule), None
-    return by_sequence(attend, query, key, value, rule), None
+        return by_rule(query, key, value, rule), None
+    return by_sequence(by_rule, query, key, value, rule), None
 
 
-def _attend(
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -93,6 +92,7 @@ def _attend(
     sinks: Tensor | None,
     **options: Any,
 ) -> Tensor:  # (B, S, H, D)
+    """`lwft_kernels.functional.attention` for what `why_not` has nothing against; `options` are its own."""
     width = value.shape[-1]
     if width < query.shape[-1]:  # multi-head latent attention
         value = F.pad(value, (0, query.shape[-1] - width))
@@ -130,7 +130,7 @@ def _rule_and_bias(
     return Rule(), position_bias + attention_mask
 
 
-def _why_not(
+def why_not(
     query: Tensor,
     key: Tensor,
     value: Tensor,

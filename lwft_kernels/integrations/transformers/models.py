@@ -56,7 +56,7 @@ def _plan_pretrained(prefix: str, model: PreTrainedModel, drifted: str | None, s
     if reason is not None:
         return [Change(prefix or type(model).__name__, what, reason=reason)]
     modules: list[tuple[str, nn.Module]] = list(model.named_modules(prefix=prefix))
-    attentions = [(name, module) for name, module in modules if _calls_interface(module)]
+    attentions = [(name, module) for name, module in modules if calls_interface(module)]
     # One config may serve several modules: a reason against one of them is a reason against all.
     refused: dict[int, str] = {}
     changes = []
@@ -92,7 +92,7 @@ def _why_not_model(model: PreTrainedModel) -> str | None:
     """Why attention under our name would not be reached, or not be the same, in this model itself."""
     if upstream.RELEASE < (5,):
         # code of many generations, of which only these have been found to follow the name in every part
-        if not any(_calls_interface(module) for module in model.modules()):
+        if not any(calls_interface(module) for module in model.modules()):
             return f"transformers {transformers.__version__}: its attention is not one known to follow the interface"
         return "config.output_attentions asks for the attention matrices" if model.config.output_attentions else None
     if not model._can_set_attn_implementation():
@@ -107,12 +107,12 @@ def _why_not_model(model: PreTrainedModel) -> str | None:
 def _follows(model: PreTrainedModel) -> bool:
     """Whether the code of `model` itself looks attention up by name at all."""
     if upstream.RELEASE < (5,):
-        return any(_calls_interface(module) for module in model.modules())
+        return any(calls_interface(module) for module in model.modules())
     follows: bool = model._can_set_attn_implementation()
     return follows
 
 
-def _calls_interface(module: nn.Module) -> bool:
+def calls_interface(module: nn.Module) -> bool:
     """Whether the module's own forward looks its attention up by name."""
     if upstream.RELEASE < (5,) and not any(kind.__name__ in upstream.KNOWN_IN_4 for kind in type(module).__mro__):
         return False
