@@ -23,8 +23,8 @@ ctest := $(abspath $(VENV))/bin/ctest --output-on-failure --no-tests=error
 configure := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja
 jobs := $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
 # Named one by one: a suite that cannot run there is an error, not a skip.
-adapters_tests := $(addprefix python_tests/,integrations/test_adapters.py integrations/test_transformers4.py \
-  docs/test_guides.py)
+adapters_tests := $(addprefix python_tests/,docs/test_guides.py $(addprefix integrations/test_,adapters.py \
+  transformers4.py transformers_upstream.py transformers_blocks.py torch_nn.py))
 say = @printf '\n==> %s\n'
 
 .PHONY: help test bench lint format cross library clean

@@ -297,7 +297,8 @@ def _attention_upstream() -> drift.Upstream:
     return drift.Upstream(
         "torch.nn.MultiheadAttention.forward",
         (nn.MultiheadAttention.forward, nn.functional.multi_head_attention_forward),
-        # torch 2.13 and 2.14; those of 2.12, 2.11 and 2.10 have been read: they differ in how they raise
+        # torch 2.13 and 2.14, 2.12, 2.11, 2.10. The older ones were read, from one to the next: they differ in how they
+        # raise, in annotations, in when memory is freed, and in the strides of a result that make_fx traces.
         frozenset({"5fcb6bea738b4228", "571932a8a5689ff8", "d0a1925a5ce46858", "85690a7a99686cd4"}),
         _self_test_of_attention,
     )

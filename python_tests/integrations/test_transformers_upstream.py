@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 
 import pytest
 import torch
 from tiny_models import build
+from torch import nn
 
 import lwft_kernels
 from lwft_kernels.integrations import drift
@@ -47,6 +49,31 @@ def test_an_unknown_release_is_tried(monkeypatch):
     assert len(report.replaced) == 2
     refused = lwft_kernels.explain(build("llama"), strict=True)
     assert not refused.replaced and "strict=True" in refused.declined[0].reason
+
+
+def nothing_to_replace():
+    yield nn.Linear(2, 2)
+    yield build("bloom")
+    for implementation in ("flex_attention", "eager"):
+        model = build("gemma2")
+        model.set_attn_implementation(implementation)
+        if implementation == "eager":
+            model.config.output_attentions = True
+        yield model
+    model = build("gemma2")
+    lwft_kernels.accelerate(model)
+    yield model  # already
+
+
+def test_nothing_is_tried_where_there_is_nothing_to_replace(monkeypatch):
+    models = list(nothing_to_replace())
+    for known in ("_SDPA", "_MASKS", "_EAGER"):
+        monkeypatch.setattr(upstream, known, frozenset())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", drift.DriftWarning)
+        reports = [lwft_kernels.explain(model, strict=strict) for model in models for strict in (False, True)]
+    assert not any(report.replaced for report in reports)
+    assert not any("strict" in change.reason for report in reports for change in report.declined)
 
 
 def other_attention(*args, **kwargs):

@@ -164,15 +164,16 @@ def why_not(
         return f"the mask is {attention_mask.dtype}, neither bool nor floating"
     if scaling is not None and not isinstance(scaling, (int, float)):
         return f"scaling is a {type(scaling).__name__}"
-    if packing is not None and (reason := packing.why_not(query, key)) is not None:
-        return reason
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is under way"
     if not torch.compiler.is_compiling() and registration.transforms_active():
         return "a torch.func transform or forward-mode AD is under way"
-    if backend.current_backend() == "reference":
-        return None
-    return backend.why_not_native("attention", query.device)
+    if backend.current_backend() != "reference":
+        reason = backend.why_not_native("attention", query.device)
+        if reason is not None:
+            return reason
+    # last, for it reads values, and a device without the kernel should not be waited for
+    return None if packing is None else packing.why_not(query, key)
 
 
 def _original(

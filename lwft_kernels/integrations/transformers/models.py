@@ -35,14 +35,16 @@ def plan(model: nn.Module, *, strict: bool = False) -> list[Change]:
         model: any module.
         strict: refuse a release of transformers whose functions are not those the tests know.
     """
-    drifted = upstream.why_not(strict)
     changes: list[Change] = []
     seen: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, PreTrainedModel) or any(_inside(name, outer) for outer in seen):
             continue
         seen.append(name)
-        changes += _plan_pretrained(name, module, drifted, strict)
+        changes += _plan_pretrained(name, module, strict)
+    # asked where there is something to replace only, for it may warn
+    if any(change.now is not None for change in changes) and (reason := upstream.why_not(strict)) is not None:
+        changes = [c if c.now is None else Change(c.module, c.was, reason=reason) for c in changes]
     return changes
 
 
@@ -50,9 +52,9 @@ def _inside(name: str, outer: str) -> bool:
     return outer == "" or name == outer or name.startswith(f"{outer}.")
 
 
-def _plan_pretrained(prefix: str, model: PreTrainedModel, drifted: str | None, strict: bool) -> list[Change]:
+def _plan_pretrained(prefix: str, model: PreTrainedModel, strict: bool) -> list[Change]:
     what = f"attention of {type(model).__name__}"
-    reason = drifted or _why_not_model(model)
+    reason = _why_not_model(model)
     if reason is not None:
         return [Change(prefix or type(model).__name__, what, reason=reason)]
     modules: list[tuple[str, nn.Module]] = list(model.named_modules(prefix=prefix))
@@ -66,10 +68,13 @@ def _plan_pretrained(prefix: str, model: PreTrainedModel, drifted: str | None, s
                 changes.append(Change(name, f"attention of {type(part).__name__}", reason=reason))
             refused.setdefault(id(part.config), reason)
     for _, module in attentions:
+        config = _config_of(module, model)
+        if id(config) in refused or config._attn_implementation not in _INTERCHANGEABLE:
+            continue
         by_name = upstream.RELEASE >= (5,) and _treats_sdpa_by_name(type(module).__module__)
         reason = _BY_NAME if by_name else upstream.why_not_like_eager(module, strict)
         if reason is not None:
-            refused.setdefault(id(_config_of(module, model)), reason)
+            refused[id(config)] = reason
     switch = _Switch(model, refused)
     for name, module in attentions:
         config = _config_of(module, model)

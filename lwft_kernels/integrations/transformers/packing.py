@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,15 +38,20 @@ class Packing:
             return "cu_seq_lens are given for more than one row"
         if torch.compiler.is_compiling():  # no value may be looked at
             return None
-        if self.ends_q[-1] != query.shape[2] or self.ends_k[-1] != key.shape[2]:
+        ends_q, ends_k = self._values
+        if ends_q[-1] != query.shape[2] or ends_k[-1] != key.shape[2]:
             return "cu_seq_lens do not end with the queries and keys"
         return None
+
+    @functools.cached_property
+    def _values(self) -> tuple[list[int], list[int]]:
+        return self.ends_q.tolist(), self.ends_k.tolist()
 
     def restrict(self, rule: Rule, queries: int, keys: int, bias: Tensor | None) -> Rule:
         """`rule` within each sequence."""
         elementwise = rule.mask is not None or rule.lengths is not None or bias is not None
         if not elementwise and not torch.compiler.is_compiling():
-            of_queries, of_keys = (tuple(ends.diff().tolist()) for ends in (self.ends_q, self.ends_k))
+            of_queries, of_keys = (tuple(b - a for a, b in itertools.pairwise(ends)) for ends in self._values)
             return replace(rule, sequences=(of_queries,), key_sequences=(of_keys,))
         i, j = (torch.arange(n, device=self.ends_q.device) for n in (queries, keys))
         of_i, of_j = torch.bucketize(i, self.ends_q[1:], right=True), torch.bucketize(j, self.ends_k[1:], right=True)
