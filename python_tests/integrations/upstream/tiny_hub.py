@@ -24,7 +24,8 @@ _OPT = {
     **_SMALL, **_TOKENS, "hidden_size": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 5, "ffn_dim": 4,
     "max_position_embeddings": 100,
 }  # fmt: skip
-_EXPERTS = {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
+# grouped_mm wants strides of 16 bytes
+_EXPERTS = {**_GROUPED, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 
 # PEFT's tests choose layers by number and adapters by parameter count, so some sizes are theirs.
 _MODELS = {
@@ -47,7 +48,11 @@ _MODELS = {
     ),
     "peft-internal-testing/tiny-dummy-qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config(**_GROUPED)),
     "trl-internal-testing/tiny-Qwen3ForCausalLM": (t.Qwen3ForCausalLM, t.Qwen3Config(**_GROUPED, head_dim=8)),
-    "trl-internal-testing/tiny-GptOssForCausalLM": (t.GptOssForCausalLM, t.GptOssConfig(**_EXPERTS, head_dim=8)),
+    "trl-internal-testing/tiny-GptOssForCausalLM": (t.GptOssForCausalLM, t.GptOssConfig(**_EXPERTS)),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (
+        t.Llama4ForCausalLM,
+        t.Llama4TextConfig(**_EXPERTS, intermediate_size_mlp=64),
+    ),
     "peft-internal-testing/tiny-random-BloomForCausalLM": (
         t.BloomForCausalLM,
         t.BloomConfig(vocab_size=1000, hidden_size=32, n_layer=5, n_head=4, **_TOKENS),
