@@ -41,9 +41,14 @@ def gradients(results: Sequence[Tensor], needs: int) -> list[Tensor | None]:
     return [result if needs >> bit & 1 else None for bit, result in enumerate(results)]
 
 
+_backward_ops: dict[str, Any] = {}  # looking one up in torch.ops takes as long as a small product
+
+
 def run_backward(op: str, *args: Any) -> Any:
     """Call ``lwft::{op}_backward`` from a formula's backward."""
-    backward_op = getattr(torch.ops.lwft, f"{op}_backward").default
+    backward_op = _backward_ops.get(op)
+    if backward_op is None:
+        backward_op = _backward_ops[op] = getattr(torch.ops.lwft, f"{op}_backward").default
     # Autograd has something to say (that there is no second derivative) only when it is asked for one.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return backward_op(*args)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lwft_kernels import backend, checks, registration
 from lwft_kernels import functional as LF
 from lwft_kernels.integrations import reached
-from lwft_kernels.integrations.class_swap import has_hooks, is_plain
+from lwft_kernels.integrations.class_swap import PLAIN, has_hooks, is_plain
 
 _OP = "residual and LayerNorm"  # as declined calls are named in stats()
 
@@ -47,7 +47,7 @@ def _why_not(residual: Tensor, sublayer_out: Tensor, dropout: nn.Module | None, 
         return "the norm or the dropout has hooks"
     if len(norm.normalized_shape) != 1:
         return "the norm is over several dimensions"
-    if type(residual) not in _PLAIN or type(sublayer_out) not in _PLAIN or residual.is_nested or sublayer_out.is_nested:
+    if type(residual) not in PLAIN or type(sublayer_out) not in PLAIN or residual.is_nested or sublayer_out.is_nested:
         return "the input is not a plain tensor"
     if residual.shape != sublayer_out.shape or residual.shape[-1:] != norm.normalized_shape:
         return "the shapes differ"
@@ -67,6 +67,3 @@ def _why_not(residual: Tensor, sublayer_out: Tensor, dropout: nn.Module | None, 
     if backend.current_backend() == "reference":
         return None
     return backend.why_not_native("add_layer_norm", residual.device)
-
-
-_PLAIN = (Tensor, nn.Parameter)

@@ -74,6 +74,9 @@ def has_own_hooks(module: nn.Module) -> bool:
     )
 
 
+PLAIN = (Tensor, nn.Parameter)  # the classes of whole tensors: no DTensor, no quantised or other subclass
+
+
 def is_plain(weight: Any) -> bool:
-    """A whole tensor in memory: no DTensor or quantised subclass, no ZeRO-3 placeholder."""
-    return type(weight) in (nn.Parameter, Tensor) and not hasattr(weight, "ds_id")
+    """A whole tensor in memory: of a plain class, and no ZeRO-3 placeholder."""
+    return type(weight) in PLAIN and not hasattr(weight, "ds_id")

@@ -16,7 +16,7 @@ from lwft_kernels import backend, checks, registration
 from lwft_kernels.attention import modules
 from lwft_kernels.integrations import drift, reached
 from lwft_kernels.integrations.add_and_norm import add_and_norm
-from lwft_kernels.integrations.class_swap import described, difference, is_plain, swapped
+from lwft_kernels.integrations.class_swap import PLAIN, described, difference, is_plain, swapped
 from lwft_kernels.integrations.report import Change
 
 
@@ -130,7 +130,7 @@ def _why_not_attention(
     if need_weights:
         return "need_weights=True asks for the attention matrix; pass need_weights=False"
     for tensor in (query, key, value, key_padding_mask, attn_mask):
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_nested):
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_nested):
             return "an argument is not a plain tensor"
     reason = _why_not_shapes(module, query, key, value, key_padding_mask, attn_mask)
     if reason is not None:
@@ -240,7 +240,7 @@ def _torch_is_faster(x: Tensor, *masks: Tensor | None) -> bool:
 
 def _why_not_layer(layer: nn.Module, x: Any) -> str | None:
     """Why a layer's own forward must serve this call, or None. The parts of the layer decide for themselves."""
-    if type(x) not in _PLAIN or x.is_nested:
+    if type(x) not in PLAIN or x.is_nested:
         return "the input is not a plain tensor"
     if layer.norm_first:
         return _NORM_FIRST
@@ -249,7 +249,6 @@ def _why_not_layer(layer: nn.Module, x: Any) -> str | None:
 
 _LONG, _LONG_BESIDE_A_MASK = 256, 128  # tokens, from which on ours is faster
 _FASTER = "torch's own op for inference is faster here"
-_PLAIN = (Tensor, nn.Parameter)
 _NORM_FIRST = (
     "norm_first: the sum is needed beside its norm, so the two are not one op; its attention is looked at alone"
 )

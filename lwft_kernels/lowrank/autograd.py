@@ -16,23 +16,12 @@ import torch
 from torch import Tensor
 
 from lwft_kernels import backend
-from lwft_kernels.registration import gradients, register, wanted
+from lwft_kernels.registration import gradients, register, run_backward, wanted
 
 
 def _results(needs: int, *likes: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, ...]:
     """What a backward op returns: (like, shape) per gradient, empty where it is not wanted."""
     return tuple(like.new_empty(shape if needs >> bit & 1 else (0,)) for bit, (like, shape) in enumerate(likes))
-
-
-def _backward_op(name: str, *args: Any) -> Any:
-    op = _OPS.get(name) or _OPS.setdefault(name, getattr(torch.ops.lwft, name).default)
-    if torch.is_grad_enabled():  # create_graph=True, which the formula of the op itself refuses
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
-_OPS: dict[str, Any] = {}  # looking one up in torch.ops takes as long as a small product
 
 
 def _hidden(x: Tensor, down: Tensor) -> Tensor:
@@ -71,7 +60,7 @@ def _low_rank_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tens
         return (None,) * 4
     x, down_weight, up_weight, hidden = ctx.saved_tensors
     needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3))
-    results = _backward_op("low_rank_linear_backward", grad_out, x, down_weight, up_weight, hidden, needs)
+    results = run_backward("low_rank_linear", grad_out, x, down_weight, up_weight, hidden, needs)
     return tuple(gradients(results, needs))
 
 
@@ -135,8 +124,8 @@ def _lora_linear_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[T
     # not `wanted` and `gradients`: this is called for every layer of every step, and small layers feel it
     for_x, for_weight, for_bias, for_a, for_b = ctx.needs_input_grad[:5]
     needs = for_x | for_weight << 1 | for_bias << 2 | for_a << 3 | for_b << 4
-    dx, dweight, dbias, da, db = _backward_op(
-        "lora_linear_backward", grad_out, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs
+    dx, dweight, dbias, da, db = run_backward(
+        "lora_linear", grad_out, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs
     )
     return (
         dx if for_x else None,
@@ -200,7 +189,7 @@ def _lora_delta_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Te
     if grad_out is None:
         return (None,) * 8
     needs = wanted(ctx.needs_input_grad, (1, 2, 3))
-    results = _backward_op("lora_delta_backward", grad_out, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs)
+    results = run_backward("lora_delta", grad_out, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, needs)
     return (grad_out, *gradients(results, needs), None, None, None, None)
 
 

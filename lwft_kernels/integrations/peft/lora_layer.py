@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lwft_kernels import backend, checks, dropout, registration
 from lwft_kernels import functional as LF
 from lwft_kernels.integrations import reached
-from lwft_kernels.integrations.class_swap import has_hooks, has_own_hooks, is_plain
+from lwft_kernels.integrations.class_swap import PLAIN, has_hooks, has_own_hooks, is_plain
 from lwft_kernels.integrations.peft import dora
 from lwft_kernels.lowrank import autograd
 
@@ -187,7 +187,7 @@ def _why_not(module: Any, x: Any) -> str | None:
         return "adapters are disabled"
     if module.merged:
         return "the adapter is merged"
-    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.is_nested or x.dim() < 2:
+    if type(x) not in PLAIN or x.layout != torch.strided or x.is_nested or x.dim() < 2:
         return "the input is not a plain tensor of two or more dimensions"
     if not torch.compiler.is_compiling() and registration.transforms_active():
         return "a torch.func transform or forward-mode AD is under way"

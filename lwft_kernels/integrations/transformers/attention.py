@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lwft_kernels import backend, checks, registration
 from lwft_kernels import functional as LF
 from lwft_kernels.integrations import reached
+from lwft_kernels.integrations.class_swap import PLAIN
 from lwft_kernels.integrations.transformers.masks import CompactMask, Rule
 from lwft_kernels.integrations.transformers.packing import Packing, by_sequence
 
@@ -29,8 +30,6 @@ INSTEAD = "lwft_instead"
 _SPARSE = ("block_indices", "indices")  # known to neither SDPA nor eager
 _EAGER = ("s_aux", "sinks", "softcap", "head_mask")  # known to the eager function of the model, and not to SDPA
 _UNKNOWN = ("sinks", "head_mask", "cache")
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def attention_forward(
@@ -146,9 +145,7 @@ def why_not(
             return f"{name} is given"
     if kwargs.get("output_attentions"):
         return "output_attentions asks for the attention matrix"
-    if not torch.compiler.is_compiling() and not (
-        type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN
-    ):
+    if not torch.compiler.is_compiling() and not (type(query) in PLAIN and type(key) in PLAIN and type(value) in PLAIN):
         return "query, key or value is sharded or of a tensor subclass"
     if not (query.dtype == key.dtype == value.dtype) and checks.autocast_dtype(query.device) is None:
         return f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}"
