@@ -15,8 +15,6 @@
 namespace lwft::LWFT_ISA {
 namespace {
 
-template <class E>
-constexpr int64_t kScoreRows = round_up(48, kTileRows<E>);
 constexpr int64_t kBlockKeys = 128;
 constexpr int64_t kEnoughTasks = 8;
 constexpr int64_t kChunkBytes = int64_t{64} << 20;

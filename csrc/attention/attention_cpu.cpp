@@ -15,10 +15,8 @@
 namespace lwft::LWFT_ISA {
 namespace {
 
-// The tile of scores. Its rows: a multiple of kTileRows. Its keys: the more, the less often `out` is read and
-// written; but it has to stay in the nearer caches, as have the panels.
-template <class E>
-constexpr int64_t kScoreRows = round_up(48, kTileRows<E>);
+// Keys of a tile of scores: the more, the less often `out` is read and written; but it has to stay in the nearer caches, as
+// have the panels.
 constexpr int64_t kBlockKeys = 256;
 constexpr int64_t kPanelBytes = 128 << 10;
 // Rows of a task: the more, the less packing weighs; but q and out have to stay in the second cache.

@@ -12,6 +12,10 @@ namespace lwft::LWFT_ISA {
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
+// Rows of a tile of scores, a multiple of kTileRows; forward and backward choose how many keys it has.
+template <class E>
+constexpr int64_t kScoreRows = round_up(48, kTileRows<E>);
+
 // Up to so many rows per key head, keys are read as they lie: packing them would cost more than it saves.
 constexpr int64_t kFewRows = 8;
 
