@@ -58,7 +58,7 @@ def _call(
         seed = empty(2, dtype=torch.int64) if dropout_p else None
         rule = (0.125, causal, window, softcap, dropout_p)
         out, lse = attention_forward(*inputs, seed, *rule)
-        if backward and False:
+        if backward:
             attention_backward(torch.empty_like(out), None, *inputs, out, lse, seed, *rule, 0b111111)
 
     return Call(name, run, _MATRIX if dtype != torch.float32 else frozenset())

@@ -1,4 +1,4 @@
-"""Attention forward in Triton: FlashAttention-2 (Dao 2023, algorithm 1) over prefix and keys, one program a tile of rows.
+"""Attention forward in Triton: FlashAttention-2 (Dao 2023, algorithm 1) over prefix and keys, a tile of rows a program.
 
 Few rows before many keys (decoding) are too few programs; then the keys are cut into parts with a program each
 (Flash-Decoding, Dao et al. 2023), whose softmax states and sums a second kernel merges in the order of the parts.
