@@ -42,7 +42,7 @@ _TOO_LARGE: tl.constexpr = tl.constexpr(1e5)
 def _observe(
     highest, total, products,  # the rows' state: highest score, sum of weights, sum of weights * Z * dP
     tile_q, tile_grad, k, v, k_stride, v_stride, start, key_end,
-    position, row_index, row_inside, dims,
+    position, row_index, dims,
     bias, mask, bias_step, mask_step, seed, first_column, threshold, keep_scale,
     scale, unit, softcap, window,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -57,7 +57,7 @@ def _observe(
     product = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
     dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision="ieee")
     scores, _ = scores_of(
-        product, position[:, None], cols[None, :], key_end, row_inside[:, None],
+        product, position[:, None], cols[None, :], key_end,
         bias[:, None], mask[:, None], bias_step, mask_step, scale, softcap, window,
         BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, True,
     )  # fmt: skip
@@ -117,8 +117,9 @@ def attention_statistics_kernel(
         position = rows // GROUP + offset
         at_q = at_rows(rows, batch, kv_head, q_batch, q_head, q_query, GROUP)
         tile_q = load_tile(q + at_q[:, None] + dims[None, :], row_inside, dims, True, HEAD_DIM, DIMS)
-        bias_rows = bias + at_rows(rows, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
-        mask_rows = mask + at_rows(rows, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
+        existing = tl.minimum(rows, row_count - 1)
+        bias_rows = bias + at_rows(existing, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
+        mask_rows = mask + at_rows(existing, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
         highest = tl.full((ROWS,), -float("inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         products = tl.zeros((ROWS,), tl.float32)
@@ -129,7 +130,7 @@ def attention_statistics_kernel(
             for number in range(tl.cdiv(prefix, PREFIX_COLS) * turns):
                 highest, total, products = _observe(
                     highest, total, products, tile_q, tile_grad, k_tile, v_tile, pk_key, pv_key,
-                    number * PREFIX_COLS, prefix, position, row_index, row_inside, dims,
+                    number * PREFIX_COLS, prefix, position, row_index, dims,
                     bias_rows, mask_rows, bias_key, mask_key, seed, 0, threshold, keep_scale,
                     scale, unit, softcap, window,
                     False, False, False, False, SOFTCAP, NATURAL, DROPOUT, HEAD_DIM, DIMS, ROWS, PREFIX_COLS,
@@ -149,7 +150,7 @@ def attention_statistics_kernel(
         for number in range(edges * turns):
             highest, total, products = _observe(
                 highest, total, products, tile_q, tile_grad, k_tile, v_tile, k_key, v_key,
-                first + number * COLS, key_end, position, row_index, row_inside, dims,
+                first + number * COLS, key_end, position, row_index, dims,
                 bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, keep_scale,
                 scale, unit, softcap, window,
                 BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, HEAD_DIM, DIMS, ROWS, COLS,
@@ -181,13 +182,13 @@ def attention_statistics_kernel(
 def _score_gradients(
     product, dweights,  # q.k and dO.v, float32; what follows broadcasts with them
     shift, factor, delta, kept,  # statistics of the rows; which weights dropout keeps
-    position, cols, key_end, row_inside, bias, mask, bias_step, mask_step, scale, unit, softcap, window, keep_scale,
+    position, cols, key_end, bias, mask, bias_step, mask_step, scale, unit, softcap, window, keep_scale,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     NATURAL: tl.constexpr, FACTOR: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """P * Z but for keep_scale, dS, and dR but for scale."""
     scores, slope = scores_of(
-        product, position, cols, key_end, row_inside, bias, mask, bias_step, mask_step, scale, softcap, window,
+        product, position, cols, key_end, bias, mask, bias_step, mask_step, scale, softcap, window,
         BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, EDGE,
     )  # fmt: skip
     weights = weights_of(scores, shift, unit, NATURAL)
@@ -221,7 +222,7 @@ def _load_statistics(shifts, factors, deltas, row_index, row_inside, FACTOR: tl.
 @triton.jit
 def _add_dq(
     dq, tile_q, tile_grad, k, v, k_stride, v_stride, start, key_end,
-    shift, factor, delta, position, row_index, row_inside, dims,
+    shift, factor, delta, position, row_index, dims,
     bias, mask, bias_step, mask_step, seed, first_column, threshold, keep_scale, scale, unit, softcap, window,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     NATURAL: tl.constexpr, FACTOR: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
@@ -235,12 +236,12 @@ def _add_dq(
     tile_v = load_tile(v + start * v_stride, inside, dims, EDGE, HEAD_DIM, DIMS)
     product = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
     dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision="ieee")
-    kept = row_inside[:, None]
+    kept = product
     if DROPOUT:
         kept = keep(seed, row_index, first_column + start, threshold, False, ROWS, COLS)
     _, _, dproduct = _score_gradients(
         product, dweights, shift[:, None], factor[:, None], delta[:, None], kept,
-        position[:, None], cols[None, :], key_end, row_inside[:, None], bias[:, None], mask[:, None],
+        position[:, None], cols[None, :], key_end, bias[:, None], mask[:, None],
         bias_step, mask_step, scale, unit, softcap, window, keep_scale,
         BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, FACTOR, DROPOUT, EDGE,
     )  # fmt: skip
@@ -278,8 +279,9 @@ def attention_queries_kernel(
     at_grad = at_rows(rows, batch, kv_head, grad_batch, grad_head, grad_query, GROUP)
     tile_q = load_tile(q + at_q[:, None] + dims[None, :], row_inside, dims, True, HEAD_DIM, DIMS)
     tile_grad = load_tile(grad_out + at_grad[:, None] + dims[None, :], row_inside, dims, True, HEAD_DIM, DIMS)
-    bias_rows = bias + at_rows(rows, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
-    mask_rows = mask + at_rows(rows, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
+    existing = tl.minimum(rows, row_count - 1)
+    bias_rows = bias + at_rows(existing, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
+    mask_rows = mask + at_rows(existing, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
     shift, factor, delta = _load_statistics(shifts, factors, deltas, row_index, row_inside, BIAS)
 
     acc = tl.zeros((ROWS, DIMS), tl.float32)
@@ -290,7 +292,7 @@ def attention_queries_kernel(
         for number in range(tl.cdiv(prefix, PREFIX_COLS)):
             acc = _add_dq(
                 acc, tile_q, tile_grad, k_tile, v_tile, pk_key, pv_key, number * PREFIX_COLS, prefix,
-                shift, factor, delta, position, row_index, row_inside, dims,
+                shift, factor, delta, position, row_index, dims,
                 bias_rows, mask_rows, bias_key, mask_key, seed, 0, threshold, keep_scale, scale, unit, softcap, window,
                 False, False, False, False, SOFTCAP, NATURAL, BIAS, DROPOUT, True,
                 HEAD_DIM, DIMS, ROWS, PREFIX_COLS,
@@ -310,7 +312,7 @@ def attention_queries_kernel(
     for start in range(full_first, full_end, COLS):
         acc = _add_dq(
             acc, tile_q, tile_grad, k_tile, v_tile, k_key, v_key, start, key_end,
-            shift, factor, delta, position, row_index, row_inside, dims,
+            shift, factor, delta, position, row_index, dims,
             bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, keep_scale, scale, unit, softcap, window,
             BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, BIAS, DROPOUT, False, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
@@ -318,7 +320,7 @@ def attention_queries_kernel(
         acc = _add_dq(
             acc, tile_q, tile_grad, k_tile, v_tile, k_key, v_key,
             edge_start(number, first, full_first, full_end, COLS), key_end,
-            shift, factor, delta, position, row_index, row_inside, dims,
+            shift, factor, delta, position, row_index, dims,
             bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, keep_scale, scale, unit, softcap, window,
             BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, BIAS, DROPOUT, True, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
@@ -355,19 +357,20 @@ def _add_dk_dv(
     tile_q = load_tile(q + at_q[:, None] + dims[None, :], row_inside, dims, EDGE, HEAD_DIM, DIMS)
     tile_grad = load_tile(grad_out + at_grad[:, None] + dims[None, :], row_inside, dims, EDGE, HEAD_DIM, DIMS)
     shift, factor, delta = _load_statistics(shifts, factors, deltas, row_index, row_inside, FACTOR)
-    bias_rows = bias + at_rows(rows, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
-    mask_rows = mask + at_rows(rows, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
+    existing = tl.minimum(rows, row_count - 1)
+    bias_rows = bias + at_rows(existing, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
+    mask_rows = mask + at_rows(existing, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
     product = tl.dot(tile_k, tl.trans(tile_q), input_precision="ieee")
     dweights = product
     if DK:
         dweights = tl.dot(tile_v, tl.trans(tile_grad), input_precision="ieee")
-    kept = row_inside[None, :]
+    kept = product
     if DROPOUT:
         kept = keep(seed, row_index, first_column, threshold, True, ROWS, COLS)
     position = rows // GROUP + offset
     dropped, _, dproduct = _score_gradients(
         product, dweights, shift[None, :], factor[None, :], delta[None, :], kept,
-        position[None, :], cols[:, None], key_end, row_inside[None, :], bias_rows[None, :], mask_rows[None, :],
+        position[None, :], cols[:, None], key_end, bias_rows[None, :], mask_rows[None, :],
         bias_key, mask_key, scale, unit, softcap, window, keep_scale,
         BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, FACTOR, DROPOUT, EDGE,
     )  # fmt: skip
@@ -499,14 +502,15 @@ def _bias_tile(
     dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision="ieee")
     row_index = at_rows(rows, batch, head, all_heads * queries, queries, 1, 1)
     shift, factor, delta = _load_statistics(shifts, factors, deltas, row_index, row_inside, True)
-    bias_rows = bias + at_rows(rows, batch, head, bias_batch, bias_head, bias_query, 1)
-    mask_rows = mask + at_rows(rows, batch, head, mask_batch, mask_head, mask_query, 1)
-    kept = row_inside[:, None]
+    existing = tl.minimum(rows, queries - 1)
+    bias_rows = bias + at_rows(existing, batch, head, bias_batch, bias_head, bias_query, 1)
+    mask_rows = mask + at_rows(existing, batch, head, mask_batch, mask_head, mask_query, 1)
+    kept = product
     if DROPOUT:
         kept = keep(seed, row_index, prefix + start, threshold, False, ROWS, COLS)
     _, dscores, _ = _score_gradients(
         product, dweights, shift[:, None], factor[:, None], delta[:, None], kept,
-        (rows + keys - queries)[:, None], cols[None, :], key_end, row_inside[:, None],
+        (rows + keys - queries)[:, None], cols[None, :], key_end,
         bias_rows[:, None], mask_rows[:, None], bias_key, mask_key, scale, unit, softcap, window, keep_scale,
         True, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, True, DROPOUT, EDGE,
     )  # fmt: skip

@@ -30,7 +30,7 @@ def _attend(
     acc, highest, total,  # the rows' state: sum of weights * v, highest score, sum of weights
     tile_q, k, v,  # q of the rows; pointers to (COLS, DIMS) tiles of keys 0 .. COLS - 1
     k_stride, v_stride, start, key_end,
-    position, row_index, row_inside, dims,
+    position, row_index, dims,
     bias, mask, bias_step, mask_step, seed, first_column, threshold,
     scale, unit, softcap, window,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -44,7 +44,7 @@ def _attend(
     tile_k = load_tile(k + start * k_stride, inside, dims, EDGE, HEAD_DIM, DIMS)
     product = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
     scores, _ = scores_of(
-        product, position[:, None], cols[None, :], key_end, row_inside[:, None],
+        product, position[:, None], cols[None, :], key_end,
         bias[:, None], mask[:, None], bias_step, mask_step, scale, softcap, window,
         BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, EDGE,
     )  # fmt: skip
@@ -94,8 +94,9 @@ def attention_forward_kernel(
     row_index = at_rows(rows, batch, kv_head, GROUP * kv_heads * queries, queries, 1, GROUP)
     at_q = at_rows(rows, batch, kv_head, q_batch, q_head, q_query, GROUP)
     tile_q = load_tile(q + at_q[:, None] + dims[None, :], row_inside, dims, True, HEAD_DIM, DIMS)
-    bias_rows = bias + at_rows(rows, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
-    mask_rows = mask + at_rows(rows, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
+    existing = tl.minimum(rows, row_count - 1)
+    bias_rows = bias + at_rows(existing, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
+    mask_rows = mask + at_rows(existing, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
 
     acc = tl.zeros((ROWS, DIMS), tl.float32)
     highest = tl.full((ROWS,), -float("inf"), tl.float32)
@@ -108,7 +109,7 @@ def attention_forward_kernel(
         for number in range(edges):
             acc, highest, total = _attend(
                 acc, highest, total, tile_q, k_tile, v_tile, pk_key, pv_key, first + number * PREFIX_COLS, prefix,
-                position, row_index, row_inside, dims,
+                position, row_index, dims,
                 bias_rows, mask_rows, bias_key, mask_key, seed, 0, threshold, scale, unit, softcap, window,
                 False, False, False, False, SOFTCAP, NATURAL, DROPOUT, True, False,
                 HEAD_DIM, DIMS, ROWS, PREFIX_COLS,
@@ -129,7 +130,7 @@ def attention_forward_kernel(
     for start in range(full_first, full_end, COLS):
         acc, highest, total = _attend(
             acc, highest, total, tile_q, k_tile, v_tile, k_key, v_key, start, key_end,
-            position, row_index, row_inside, dims,
+            position, row_index, dims,
             bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, scale, unit, softcap, window,
             BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, False, BIAS or MASK,
             HEAD_DIM, DIMS, ROWS, COLS,
@@ -138,7 +139,7 @@ def attention_forward_kernel(
         acc, highest, total = _attend(
             acc, highest, total, tile_q, k_tile, v_tile, k_key, v_key,
             edge_start(number, first, full_first, full_end, COLS), key_end,
-            position, row_index, row_inside, dims,
+            position, row_index, dims,
             bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, scale, unit, softcap, window,
             BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, True, True,
             HEAD_DIM, DIMS, ROWS, COLS,
