@@ -46,7 +46,7 @@ def _observe(
     bias, mask, bias_step, mask_step, seed, first_column, threshold, keep_scale,
     scale, unit, softcap, window,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     cols = start + tl.arange(0, COLS)
@@ -54,8 +54,8 @@ def _observe(
     start = tl.full((), 0, tl.int64) + start
     tile_k = load_tile(k + start * k_stride, inside, dims, True, HEAD_DIM, DIMS)
     tile_v = load_tile(v + start * v_stride, inside, dims, True, HEAD_DIM, DIMS)
-    product = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
-    dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision="ieee")
+    product = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION)
+    dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision=PRECISION)
     scores, _ = scores_of(
         product, position[:, None], cols[None, :], key_end,
         bias[:, None], mask[:, None], bias_step, mask_step, scale, softcap, window,
@@ -87,7 +87,8 @@ def attention_statistics_kernel(
     scale, unit, softcap, window, threshold, keep_scale,
     GRAD_LSE: tl.constexpr, EXACT: tl.constexpr,
     PREFIX: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, LENGTHS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PREFIX_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +134,7 @@ def attention_statistics_kernel(
                     number * PREFIX_COLS, prefix, position, row_index, dims,
                     bias_rows, mask_rows, bias_key, mask_key, seed, 0, threshold, keep_scale,
                     scale, unit, softcap, window,
-                    False, False, False, False, SOFTCAP, NATURAL, DROPOUT, HEAD_DIM, DIMS, ROWS, PREFIX_COLS,
+                    False, False, False, False, SOFTCAP, NATURAL, PRECISION, DROPOUT, HEAD_DIM, DIMS, ROWS, PREFIX_COLS,
                 )  # fmt: skip
         lanes = tl.arange(0, COLS).to(tl.int64)
         k_tile = k + batch * k_batch + kv_head * k_head + lanes[:, None] * k_key + dims[None, :]
@@ -153,7 +154,7 @@ def attention_statistics_kernel(
                 first + number * COLS, key_end, position, row_index, dims,
                 bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, keep_scale,
                 scale, unit, softcap, window,
-                BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, HEAD_DIM, DIMS, ROWS, COLS,
+                BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, DROPOUT, HEAD_DIM, DIMS, ROWS, COLS,
             )  # fmt: skip
         if turns > 0:
             nothing = total == 0.0
@@ -225,7 +226,7 @@ def _add_dq(
     shift, factor, delta, position, row_index, dims,
     bias, mask, bias_step, mask_step, seed, first_column, threshold, keep_scale, scale, unit, softcap, window,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, FACTOR: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """dq + dR K over one tile of keys."""
@@ -234,8 +235,8 @@ def _add_dq(
     start = tl.full((), 0, tl.int64) + start
     tile_k = load_tile(k + start * k_stride, inside, dims, EDGE, HEAD_DIM, DIMS)
     tile_v = load_tile(v + start * v_stride, inside, dims, EDGE, HEAD_DIM, DIMS)
-    product = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
-    dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision="ieee")
+    product = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION)
+    dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision=PRECISION)
     kept = product
     if DROPOUT:
         kept = keep(seed, row_index, first_column + start, threshold, False, ROWS, COLS)
@@ -245,7 +246,7 @@ def _add_dq(
         bias_step, mask_step, scale, unit, softcap, window, keep_scale,
         BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, FACTOR, DROPOUT, EDGE,
     )  # fmt: skip
-    return tl.dot(dproduct.to(tile_k.dtype), tile_k, dq, input_precision="ieee")
+    return tl.dot(dproduct.to(tile_k.dtype), tile_k, dq, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -260,7 +261,8 @@ def attention_queries_kernel(
     bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
     scale, unit, softcap, window, threshold, keep_scale,
     PREFIX: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, LENGTHS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PREFIX_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -294,7 +296,7 @@ def attention_queries_kernel(
                 acc, tile_q, tile_grad, k_tile, v_tile, pk_key, pv_key, number * PREFIX_COLS, prefix,
                 shift, factor, delta, position, row_index, dims,
                 bias_rows, mask_rows, bias_key, mask_key, seed, 0, threshold, keep_scale, scale, unit, softcap, window,
-                False, False, False, False, SOFTCAP, NATURAL, BIAS, DROPOUT, True,
+                False, False, False, False, SOFTCAP, NATURAL, PRECISION, BIAS, DROPOUT, True,
                 HEAD_DIM, DIMS, ROWS, PREFIX_COLS,
             )  # fmt: skip
     lanes = tl.arange(0, COLS).to(tl.int64)
@@ -314,7 +316,7 @@ def attention_queries_kernel(
             acc, tile_q, tile_grad, k_tile, v_tile, k_key, v_key, start, key_end,
             shift, factor, delta, position, row_index, dims,
             bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, keep_scale, scale, unit, softcap, window,
-            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, BIAS, DROPOUT, False, HEAD_DIM, DIMS, ROWS, COLS,
+            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, BIAS, DROPOUT, False, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
     for number in range(edges):
         acc = _add_dq(
@@ -322,7 +324,7 @@ def attention_queries_kernel(
             edge_start(number, first, full_first, full_end, COLS), key_end,
             shift, factor, delta, position, row_index, dims,
             bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, keep_scale, scale, unit, softcap, window,
-            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, BIAS, DROPOUT, True, HEAD_DIM, DIMS, ROWS, COLS,
+            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, BIAS, DROPOUT, True, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
 
     heads = kv_heads * GROUP
@@ -345,7 +347,7 @@ def _add_dk_dv(
     seed, first_column, threshold, keep_scale, scale, unit, softcap, window,
     DK: tl.constexpr, DV: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, FACTOR: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """dk + dR^T Q and dv + (P * Z)^T dO over one tile of rows, whose scores stand here as (COLS, ROWS)."""
@@ -360,10 +362,10 @@ def _add_dk_dv(
     existing = tl.minimum(rows, row_count - 1)
     bias_rows = bias + at_rows(existing, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
     mask_rows = mask + at_rows(existing, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
-    product = tl.dot(tile_k, tl.trans(tile_q), input_precision="ieee")
+    product = tl.dot(tile_k, tl.trans(tile_q), input_precision=PRECISION)
     dweights = product
     if DK:
-        dweights = tl.dot(tile_v, tl.trans(tile_grad), input_precision="ieee")
+        dweights = tl.dot(tile_v, tl.trans(tile_grad), input_precision=PRECISION)
     kept = product
     if DROPOUT:
         kept = keep(seed, row_index, first_column, threshold, True, ROWS, COLS)
@@ -375,9 +377,9 @@ def _add_dk_dv(
         BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, FACTOR, DROPOUT, EDGE,
     )  # fmt: skip
     if DV:
-        dv = tl.dot(dropped.to(tile_grad.dtype), tile_grad, dv, input_precision="ieee")
+        dv = tl.dot(dropped.to(tile_grad.dtype), tile_grad, dv, input_precision=PRECISION)
     if DK:
-        dk = tl.dot(dproduct.to(tile_q.dtype), tile_q, dk, input_precision="ieee")
+        dk = tl.dot(dproduct.to(tile_q.dtype), tile_q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -395,7 +397,8 @@ def attention_keys_kernel(
     scale, unit, softcap, window, threshold, keep_scale,
     DK: tl.constexpr, DV: tl.constexpr, FACTOR: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, LENGTHS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """first_column: of key 0 in the random stream."""
@@ -435,7 +438,7 @@ def attention_keys_kernel(
             row, row_count, batch, kv_head, kv_heads, queries, offset, shifts, factors, deltas, cols, key_end, dims,
             bias, mask, bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
             seed, first_column + start, threshold, keep_scale, scale, unit, softcap, window,
-            DK, DV, BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, FACTOR, DROPOUT, False,
+            DK, DV, BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, FACTOR, DROPOUT, False,
             GROUP, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
     for number in range(edges):
@@ -446,7 +449,7 @@ def attention_keys_kernel(
             row_count, batch, kv_head, kv_heads, queries, offset, shifts, factors, deltas, cols, key_end, dims,
             bias, mask, bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
             seed, first_column + start, threshold, keep_scale, scale, unit, softcap, window,
-            DK, DV, BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, FACTOR, DROPOUT, True,
+            DK, DV, BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, FACTOR, DROPOUT, True,
             GROUP, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
 
@@ -473,7 +476,7 @@ def _bias_tile(
     bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
     scale, unit, softcap, window, threshold, keep_scale,
     MASK: tl.constexpr, LENGTHS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """acc + dS of tile `turn` among the (batches, heads, row_blocks, col_blocks) from (batch, head, ...) on."""
@@ -498,8 +501,8 @@ def _bias_tile(
     tile_k = load_tile(k_tile, inside, dims, EDGE, HEAD_DIM, DIMS)
     tile_grad = load_tile(grad_out + at_grad[:, None] + dims[None, :], row_inside, dims, EDGE, HEAD_DIM, DIMS)
     tile_v = load_tile(v_tile, inside, dims, EDGE, HEAD_DIM, DIMS)
-    product = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
-    dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision="ieee")
+    product = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION)
+    dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision=PRECISION)
     row_index = at_rows(rows, batch, head, all_heads * queries, queries, 1, 1)
     shift, factor, delta = _load_statistics(shifts, factors, deltas, row_index, row_inside, True)
     existing = tl.minimum(rows, queries - 1)
@@ -527,7 +530,7 @@ def attention_bias_kernel(
     scale, unit, softcap, window, threshold, keep_scale,
     OWN_BATCH: tl.constexpr, OWN_HEAD: tl.constexpr, OWN_ROWS: tl.constexpr, OWN_COLS: tl.constexpr,
     MASK: tl.constexpr, LENGTHS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A tile of dbias: the sum of dS over the dimensions that bias is broadcast over, those which are not OWN.
@@ -599,7 +602,8 @@ def attention_bias_kernel(
             grad_batch, grad_head, grad_query, q_batch, q_head, q_query, k_batch, k_head, k_key, v_batch, v_head, v_key,
             bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
             scale, unit, softcap, window, threshold, keep_scale,
-            MASK, LENGTHS, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, False, GROUP, HEAD_DIM, DIMS, ROWS, COLS,
+            MASK, LENGTHS, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, DROPOUT, False,
+            GROUP, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
     for turn in range(edge_turn, end_turn):
         acc = _bias_tile(
@@ -609,7 +613,8 @@ def attention_bias_kernel(
             grad_batch, grad_head, grad_query, q_batch, q_head, q_query, k_batch, k_head, k_key, v_batch, v_head, v_key,
             bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
             scale, unit, softcap, window, threshold, keep_scale,
-            MASK, LENGTHS, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, True, GROUP, HEAD_DIM, DIMS, ROWS, COLS,
+            MASK, LENGTHS, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, DROPOUT, True,
+            GROUP, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
 
     matrix = batch.to(tl.int64)

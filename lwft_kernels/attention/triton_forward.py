@@ -34,7 +34,7 @@ def _attend(
     bias, mask, bias_step, mask_step, seed, first_column, threshold,
     scale, unit, softcap, window,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr, EMPTY: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr, EMPTY: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, from `start` on, joins the state."""
@@ -42,7 +42,7 @@ def _attend(
     inside = (cols >= 0) & (cols < key_end)
     start = tl.full((), 0, tl.int64) + start
     tile_k = load_tile(k + start * k_stride, inside, dims, EDGE, HEAD_DIM, DIMS)
-    product = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
+    product = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION)
     scores, _ = scores_of(
         product, position[:, None], cols[None, :], key_end,
         bias[:, None], mask[:, None], bias_step, mask_step, scale, softcap, window,
@@ -55,7 +55,7 @@ def _attend(
     if DROPOUT:
         weights = tl.where(keep(seed, row_index, first_column + start, threshold, False, ROWS, COLS), weights, 0.0)
     tile_v = load_tile(v + start * v_stride, inside, dims, EDGE, HEAD_DIM, DIMS)
-    acc = tl.dot(weights.to(tile_v.dtype), tile_v, acc, input_precision="ieee")
+    acc = tl.dot(weights.to(tile_v.dtype), tile_v, acc, input_precision=PRECISION)
     return acc, highest, total
 
 
@@ -76,7 +76,8 @@ def attention_forward_kernel(
     bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
     scale, unit, softcap, window, threshold, keep_scale,
     PREFIX: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, LENGTHS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
     SPLIT: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PREFIX_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +112,7 @@ def attention_forward_kernel(
                 acc, highest, total, tile_q, k_tile, v_tile, pk_key, pv_key, first + number * PREFIX_COLS, prefix,
                 position, row_index, dims,
                 bias_rows, mask_rows, bias_key, mask_key, seed, 0, threshold, scale, unit, softcap, window,
-                False, False, False, False, SOFTCAP, NATURAL, DROPOUT, True, False,
+                False, False, False, False, SOFTCAP, NATURAL, PRECISION, DROPOUT, True, False,
                 HEAD_DIM, DIMS, ROWS, PREFIX_COLS,
             )  # fmt: skip
 
@@ -132,7 +133,7 @@ def attention_forward_kernel(
             acc, highest, total, tile_q, k_tile, v_tile, k_key, v_key, start, key_end,
             position, row_index, dims,
             bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, scale, unit, softcap, window,
-            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, False, BIAS or MASK,
+            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, DROPOUT, False, BIAS or MASK,
             HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
     for number in range(edges):
@@ -141,7 +142,7 @@ def attention_forward_kernel(
             edge_start(number, first, full_first, full_end, COLS), key_end,
             position, row_index, dims,
             bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, scale, unit, softcap, window,
-            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, True, True,
+            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, DROPOUT, True, True,
             HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
 

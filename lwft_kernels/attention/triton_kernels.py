@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lwft_kernels.triton.philox import keep_tile
+from lwft_kernels.triton.philox import keep_element, keep_tile
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -235,8 +235,18 @@ def raised(scores, highest, unit, NATURAL: tl.constexpr, EMPTY: tl.constexpr):
 
 @triton.jit
 def keep(seed, row_index, first_column, threshold, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Which weights of a tile dropout keeps; as (COLS, ROWS) where TRANSPOSED."""
-    kept = keep_tile(seed, row_index, first_column, threshold, ROWS, COLS)
-    if TRANSPOSED:
-        kept = tl.trans(kept)
+    """Which weights of a tile dropout keeps; as (COLS, ROWS) where TRANSPOSED.
+
+    first_column: a multiple of 64, or of COLS where that is less.
+    """
+    if COLS % 64 == 0:
+        kept = keep_tile(seed, row_index, first_column, threshold, ROWS, COLS)
+        if TRANSPOSED:
+            kept = tl.trans(kept)
+    else:
+        columns = tl.arange(0, COLS).to(tl.int64) + first_column
+        if TRANSPOSED:
+            kept = keep_element(seed, row_index[None, :], columns[:, None], threshold)
+        else:
+            kept = keep_element(seed, row_index[:, None], columns[None, :], threshold)
     return kept
