@@ -162,12 +162,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backw
 }  // namespace
 }  // namespace lwft
 
+constexpr char kForwardSchema[] =
+    "adapter_forward(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, Tensor? seed, int activation, float eps, "
+    "float scale, float dropout_p, bool residual_is_x) "
+    "-> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)";
+
 STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
-  m.def(
-      "adapter_forward(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
-      "Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, Tensor? seed, int activation, float eps, "
-      "float scale, float dropout_p, bool residual_is_x) "
-      "-> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)");
+  m.def(kForwardSchema);
   m.def(
       "adapter_backward(Tensor grad_out, Tensor x, Tensor down_weight, Tensor up_weight, Tensor? norm_weight, "
       "Tensor? norm_bias, Tensor hidden, Tensor mean, Tensor rstd, Tensor? seed, int activation, float scale, "
@@ -182,7 +184,10 @@ STABLE_TORCH_LIBRARY_IMPL(lwft, CPU, m) {
 }
 
 #ifdef LWFT_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(lwft, CUDA, m) {
+// In a namespace of their own: on a GPU, Python chooses between these and Triton's kernels (lwft_kernels/registration.py).
+STABLE_TORCH_LIBRARY_FRAGMENT(lwft_cuda, m) { m.def(kForwardSchema); }
+
+STABLE_TORCH_LIBRARY_IMPL(lwft_cuda, CUDA, m) {
   m.impl("adapter_forward", TORCH_BOX(&lwft::adapter_forward<lwft::run_on_cuda>));
 }
 #endif

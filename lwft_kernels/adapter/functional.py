@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lwft_kernels import backend, checks, dropout
@@ -135,12 +134,7 @@ def adapter(
     dropout_p = checks.probability(_OP, "dropout_p", dropout_p)
 
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
-    declined = None
-    if x.device.type == "cuda" and torch.is_grad_enabled():
-        tensors = (x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, residual)
-        if any(t is not None and t.requires_grad for t in tensors):
-            declined = "the CUDA kernel has no gradient yet"
-    if not backend.use_native(_OP, x.device, declined):
+    if not backend.use_kernels(_OP, x):
         return reference.adapter(
             x, down_weight, down_bias, up_weight, up_bias, activation=activation, norm_weight=norm_weight,
             norm_bias=norm_bias, eps=eps, scale=scale, residual=residual, dropout_p=dropout_p, seed=seed,

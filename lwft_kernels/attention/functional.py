@@ -148,7 +148,7 @@ def attention(
             raise ValueError(f"{_OP}: window must be at least 1 (a query sees itself), got {window}")
 
     seed = dropout.draw_seed(q.device) if dropout_p > 0.0 else None
-    if not backend.use_native(_OP, q.device):
+    if not backend.use_kernels(_OP, q):
         return reference.attention(
             q, k, v, bias=bias, mask=mask, prefix_k=prefix_k, prefix_v=prefix_v, scale=scale, causal=causal,
             window=window, softcap=softcap, lengths=lengths, dropout_p=dropout_p, return_lse=return_lse,

@@ -51,7 +51,7 @@ def low_rank_linear(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Ten
         checks.same_device(op, "bias", bias, "x", x)
         checks.same_dtype(op, "bias", bias, "down_weight", down_weight)
 
-    function = autograd.low_rank_linear if backend.use_native(op, x.device) else reference.low_rank_linear
+    function = autograd.low_rank_linear if backend.use_kernels(op, x) else reference.low_rank_linear
     out: Tensor = function(x, down_weight, up_weight, bias)
     return out
 
@@ -128,7 +128,7 @@ def lora_linear(
     index = _token_adapters(op, adapter_index, x, lora_a.shape[0])
 
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
-    if backend.use_native(op, x.device):
+    if backend.use_kernels(op, x):
         out: Tensor = autograd.lora_linear(x, weight, bias, lora_a, lora_b, index, seed, scale, dropout_p)
         return out
     rows = x.reshape(-1, d_in)
@@ -191,7 +191,7 @@ def lora_delta_(
     index = _token_adapters(op, adapter_index, x, lora_a.shape[0])
 
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
-    if not backend.use_native(op, x.device):
+    if not backend.use_kernels(op, x):
         rows = x.reshape(-1, x.shape[-1])
         delta = reference.lora_delta(rows, lora_a, lora_b, index, scale=scale, dropout_p=dropout_p, seed=seed)
         return base_out.add_(delta.view(base_out.shape))

@@ -195,7 +195,7 @@ def _why_not(module: Any, x: Any) -> str | None:
         return "cast_input_dtype_enabled is off"
     if backend.current_backend() == "reference":
         return None
-    return backend.why_not_native("lora_linear", x.device)
+    return backend.why_not("lora_linear", x.device)
 
 
 def _why_not_branch(module: Any, branch: _Branch, x: Tensor, mixed: bool) -> str | None:
