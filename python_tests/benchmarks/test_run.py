@@ -206,6 +206,13 @@ def test_presets_grow():
     assert 0 < sizes[0] < sizes[1]
 
 
+@pytest.mark.parametrize("dtypes", [(), ("float32",)])
+def test_every_row_once(dtypes):
+    planned = run.plans(tuple(run.FAMILIES), "full", dtypes, run.MODES, (1, 2), cli.PROVIDERS)
+    rows = {(plan.family.op, plan.case.name, plan.dtype, plan.mode, plan.threads) for plan in planned}
+    assert len(rows) == len(planned)
+
+
 def test_environment():
     facts = json.loads(invoke("env", "--json").output)
     assert {"torch", "processor", "compiler", "instruction set", "library", "GPU"} <= facts.keys()
