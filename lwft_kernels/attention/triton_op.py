@@ -268,7 +268,7 @@ def _statistics(
 ) -> _Gradient:
     q = call.q
     shift, delta = (q.new_empty(lse.shape, dtype=torch.float32) for _ in range(2))
-    factor = shift if call.bias is None else torch.empty_like(shift)
+    factor = shift if call.bias is None else q.new_empty(lse.shape, dtype=torch.float32)
     out = _unit_stride(out)
     threshold, keep_scale = threshold_and_scale(call.dropout_p)
     launch(
