@@ -55,7 +55,7 @@ def _call(
             empty(4, dtype=torch.int64) if lengths else None,
         ]  # fmt: skip
         seed = empty(2, dtype=torch.int64) if dropout_p else None
-        rule = (0.125, causal, window, softcap, dropout_p)
+        rule: list[Any] = [0.125, causal, window, softcap, dropout_p]
         out, lse = attention_forward(*inputs, seed, *rule)
         if backward:
             attention_backward(torch.empty_like(out), None, *inputs, out, lse, seed, *rule, 0b111111)

@@ -91,7 +91,7 @@ class _Call:
 
     @property
     def dims(self) -> int:
-        return max(16, triton.next_power_of_2(self.q.shape[3]))
+        return max(16, int(triton.next_power_of_2(self.q.shape[3])))
 
     @property
     def precision(self) -> str:
@@ -180,7 +180,7 @@ def _candidates(kernel: str, call: _Call, card: Card) -> tuple[Configuration, ..
 
 def _parts(call: _Call, card: Card, rows: int) -> int:
     """Into how many parts the keys are cut, so that there is a program for each multiprocessor."""
-    programs = triton.cdiv(call.rows, rows) * call.groups
+    programs = int(triton.cdiv(call.rows, rows)) * call.groups
     wanted = card.multiprocessors // max(programs, 1)
     return max(1, min(wanted, (call.k.shape[2] + call.prefix) // _FEWEST_KEYS_OF_A_PART, _MOST_PARTS))
 

@@ -32,27 +32,34 @@ _HOPPER_LADEN: dict[str, dict[int, tuple[_Tile, ...]]] = {
     "keys": {128: ((32, 128, 8, 2), (32, 64, 4, 2)), 256: ((32, 64, 4, 2), (32, 64, 8, 2)), 512: ((32, 32, 8, 2),)},
     "bias": {128: ((64, 64, 4, 2),), 256: ((64, 64, 8, 2),), 512: ((64, 32, 8, 1),)},
 }
-# All others, where operands are in registers too: tiles of half the size, that also fit the 99 KiB of a consumer card
-# and the 64 KiB of AMD's.
-_OTHERS: dict[str, dict[int, tuple[_Tile, ...]]] = {
+# Ampere and consumer cards hold operands in registers too, and 99 KiB of shared memory: tiles of half the size.
+_AMPERE: dict[str, dict[int, tuple[_Tile, ...]]] = {
     "forward": {128: ((64, 64, 4, 2),), 256: ((64, 64, 4, 2),), 512: ((32, 32, 4, 2),)},
     "queries": {128: ((64, 64, 4, 2),), 256: ((64, 32, 4, 2),), 512: ((32, 32, 8, 1),)},
     "keys": {128: ((32, 64, 4, 2),), 256: ((32, 64, 4, 2),), 512: ((32, 32, 8, 1),)},
     "statistics": {128: ((64, 64, 4, 1),), 256: ((32, 64, 4, 1),), 512: ((32, 32, 4, 1),)},
 }
-_OTHERS_LADEN: dict[str, dict[int, tuple[_Tile, ...]]] = {
+_AMPERE_LADEN: dict[str, dict[int, tuple[_Tile, ...]]] = {
     "forward": {128: ((64, 64, 8, 2),), 256: ((64, 64, 8, 2),), 512: ((32, 32, 8, 2),)},
-    "queries": {128: ((64, 64, 8, 2),), 256: ((32, 64, 8, 2),), 512: ((32, 32, 8, 1),)},
-    "keys": {128: ((32, 64, 8, 2),), 256: ((32, 64, 8, 2),), 512: ((32, 32, 8, 1),)},
-    "bias": {128: ((64, 64, 8, 1),), 256: ((32, 64, 8, 1),), 512: ((32, 32, 8, 1),)},
-    "statistics": {128: ((64, 64, 8, 1),), 256: ((32, 64, 8, 1),), 512: ((32, 32, 4, 1),)},
+    "queries": {128: ((32, 64, 4, 2),), 256: ((32, 64, 8, 2),), 512: ((32, 32, 8, 1),)},
+    "keys": {128: ((16, 64, 4, 2),), 256: ((32, 64, 8, 2),), 512: ((32, 32, 8, 1),)},
+    "bias": {128: ((32, 64, 4, 1),), 256: ((32, 64, 8, 1),), 512: ((32, 32, 8, 1),)},
+    "statistics": {128: ((32, 64, 4, 1),), 256: ((32, 64, 8, 1),), 512: ((32, 32, 4, 1),)},
+}
+# AMD's have 64 KiB, and warps of 64 threads: of eight, a thread has half the registers.
+_AMD: dict[str, dict[int, tuple[_Tile, ...]]] = {
+    "forward": {128: ((64, 64, 4, 1),), 256: ((64, 64, 4, 1),), 512: ((32, 32, 4, 1),)},
+    "queries": {128: ((32, 64, 4, 1),), 256: ((32, 64, 4, 1),), 512: ((32, 32, 4, 1),)},
+    "keys": {128: ((32, 64, 4, 1),), 256: ((32, 64, 4, 1),), 512: ((16, 32, 4, 1),)},
+    "bias": {128: ((32, 64, 4, 1),), 256: ((32, 64, 4, 1),), 512: ((32, 32, 4, 1),)},
+    "statistics": {128: ((32, 64, 4, 1),), 256: ((32, 64, 4, 1),), 512: ((32, 32, 4, 1),)},
 }
 # float32: three products of halves, all of which are held at a time.
 _FLOAT32: dict[str, dict[int, tuple[_Tile, ...]]] = {
     kernel: {128: (tile,), 256: (tile,), 512: (large,), 1024: (largest,)}
     for kernel, tile, large, largest in (
         ("forward", (32, 64, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-        ("queries", (32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+        ("queries", (16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
         ("keys", (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
         ("bias", (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
         ("statistics", (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
@@ -78,8 +85,10 @@ def candidates(
         table = _FLOAT32
     elif card.maker == "cuda" and card.large and card.architecture >= 90:
         table = _HOPPER_LADEN if laden else _HOPPER
+    elif card.maker == "cuda":
+        table = _AMPERE_LADEN if laden else _AMPERE
     else:
-        table = _OTHERS_LADEN if laden else _OTHERS
+        table = _AMD
     tiles = table[kernel][width]
     if few_rows and kernel == "forward" and width <= 512:
         tiles = (_DECODING if width <= 256 else (16, 32, 4, 2),)
