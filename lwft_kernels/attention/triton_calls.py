@@ -56,9 +56,11 @@ def _call(
         ]  # fmt: skip
         seed = empty(2, dtype=torch.int64) if dropout_p else None
         rule: list[Any] = [0.125, causal, window, softcap, dropout_p]
-        out, lse = attention_forward(*inputs, seed, *rule)
+        arguments = [*inputs, seed, *rule]
+        out, lse = attention_forward(*arguments)
         if backward:
-            attention_backward(torch.empty_like(out), None, *inputs, out, lse, seed, *rule, 0b111111)
+            arguments = [torch.empty_like(out), None, *inputs, out, lse, seed, *rule, 0b111111]
+            attention_backward(*arguments)
 
     return Call(name, run, _MATRIX if dtype != torch.float32 else frozenset())
 
