@@ -192,13 +192,23 @@ def test_dropout(triton_device, queries, prefix, p, dtype):
     check(triton_device, arguments, dtype)
 
 
-@pytest.mark.parametrize("queries,heads,prefix", [(20, 3, 0), (2, 3, 70), (20, 6, 64), (20, 6, 3)])
-def test_dropout_is_that_of_the_stream(triton_device, queries, heads, prefix):
+@pytest.mark.parametrize(
+    "queries,heads,prefix,dtype",
+    [
+        (20, 3, 0, torch.float32),
+        (2, 3, 70, torch.float32),
+        (20, 6, 64, torch.bfloat16),
+        (20, 6, 40, torch.bfloat16),  # whose tiles are 64 keys and draw at once for all
+        (40, 3, 40, torch.float16),
+    ],
+    ids=str,
+)
+def test_dropout_is_that_of_the_stream(triton_device, queries, heads, prefix, dtype):
     """Each weight is kept or dropped as `keep_multiplier` says: with V = 1 in one column each, out is the weights."""
     keys = 100
     columns = prefix + keys
-    q = torch.zeros(2, heads, queries, columns, device=triton_device)  # so all weights are 1 / columns
-    v = torch.eye(columns, device=triton_device)
+    q = torch.zeros(2, heads, queries, columns, device=triton_device, dtype=dtype)  # so all weights are 1 / columns
+    v = torch.eye(columns, device=triton_device, dtype=dtype)
     v = v.expand(2, 3, columns, columns)
     parts = {}
     if prefix:
@@ -211,7 +221,7 @@ def test_dropout_is_that_of_the_stream(triton_device, queries, heads, prefix):
     rows, cols = (torch.arange(n, device=triton_device) for n in (2 * heads * queries, columns))
     kept = keep_multiplier(seed, rows, cols, 0.3, torch.float32).view(weights.shape)
     assert torch.equal(weights != 0, kept != 0)
-    torch.testing.assert_close(weights, kept / columns)
+    torch.testing.assert_close(weights, (kept / columns).to(dtype))
 
 
 @pytest.mark.parametrize(
