@@ -42,11 +42,11 @@ _TOO_LARGE: tl.constexpr = tl.constexpr(1e5)
 def _observe(
     highest, total, products,  # the rows' state: highest score, sum of weights, sum of weights * Z * dP
     tile_q, tile_grad, k, v, k_stride, v_stride, start, key_end,
-    position, row_index, row_inside, dims,
+    position, row_index, dims,
     bias, mask, bias_step, mask_step, seed, first_column, threshold, keep_scale,
     scale, unit, softcap, window,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     cols = start + tl.arange(0, COLS)
@@ -54,10 +54,10 @@ def _observe(
     start = tl.full((), 0, tl.int64) + start
     tile_k = load_tile(k + start * k_stride, inside, dims, True, HEAD_DIM, DIMS)
     tile_v = load_tile(v + start * v_stride, inside, dims, True, HEAD_DIM, DIMS)
-    product = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
-    dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision="ieee")
+    product = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION)
+    dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision=PRECISION)
     scores, _ = scores_of(
-        product, position[:, None], cols[None, :], key_end, row_inside[:, None],
+        product, position[:, None], cols[None, :], key_end,
         bias[:, None], mask[:, None], bias_step, mask_step, scale, softcap, window,
         BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, True,
     )  # fmt: skip
@@ -87,7 +87,8 @@ def attention_statistics_kernel(
     scale, unit, softcap, window, threshold, keep_scale,
     GRAD_LSE: tl.constexpr, EXACT: tl.constexpr,
     PREFIX: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, LENGTHS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PREFIX_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -117,8 +118,9 @@ def attention_statistics_kernel(
         position = rows // GROUP + offset
         at_q = at_rows(rows, batch, kv_head, q_batch, q_head, q_query, GROUP)
         tile_q = load_tile(q + at_q[:, None] + dims[None, :], row_inside, dims, True, HEAD_DIM, DIMS)
-        bias_rows = bias + at_rows(rows, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
-        mask_rows = mask + at_rows(rows, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
+        existing = tl.minimum(rows, row_count - 1)
+        bias_rows = bias + at_rows(existing, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
+        mask_rows = mask + at_rows(existing, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
         highest = tl.full((ROWS,), -float("inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         products = tl.zeros((ROWS,), tl.float32)
@@ -129,10 +131,10 @@ def attention_statistics_kernel(
             for number in range(tl.cdiv(prefix, PREFIX_COLS) * turns):
                 highest, total, products = _observe(
                     highest, total, products, tile_q, tile_grad, k_tile, v_tile, pk_key, pv_key,
-                    number * PREFIX_COLS, prefix, position, row_index, row_inside, dims,
+                    number * PREFIX_COLS, prefix, position, row_index, dims,
                     bias_rows, mask_rows, bias_key, mask_key, seed, 0, threshold, keep_scale,
                     scale, unit, softcap, window,
-                    False, False, False, False, SOFTCAP, NATURAL, DROPOUT, HEAD_DIM, DIMS, ROWS, PREFIX_COLS,
+                    False, False, False, False, SOFTCAP, NATURAL, PRECISION, DROPOUT, HEAD_DIM, DIMS, ROWS, PREFIX_COLS,
                 )  # fmt: skip
         lanes = tl.arange(0, COLS).to(tl.int64)
         k_tile = k + batch * k_batch + kv_head * k_head + lanes[:, None] * k_key + dims[None, :]
@@ -149,10 +151,10 @@ def attention_statistics_kernel(
         for number in range(edges * turns):
             highest, total, products = _observe(
                 highest, total, products, tile_q, tile_grad, k_tile, v_tile, k_key, v_key,
-                first + number * COLS, key_end, position, row_index, row_inside, dims,
+                first + number * COLS, key_end, position, row_index, dims,
                 bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, keep_scale,
                 scale, unit, softcap, window,
-                BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, HEAD_DIM, DIMS, ROWS, COLS,
+                BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, DROPOUT, HEAD_DIM, DIMS, ROWS, COLS,
             )  # fmt: skip
         if turns > 0:
             nothing = total == 0.0
@@ -181,13 +183,13 @@ def attention_statistics_kernel(
 def _score_gradients(
     product, dweights,  # q.k and dO.v, float32; what follows broadcasts with them
     shift, factor, delta, kept,  # statistics of the rows; which weights dropout keeps
-    position, cols, key_end, row_inside, bias, mask, bias_step, mask_step, scale, unit, softcap, window, keep_scale,
+    position, cols, key_end, bias, mask, bias_step, mask_step, scale, unit, softcap, window, keep_scale,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     NATURAL: tl.constexpr, FACTOR: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """P * Z but for keep_scale, dS, and dR but for scale."""
     scores, slope = scores_of(
-        product, position, cols, key_end, row_inside, bias, mask, bias_step, mask_step, scale, softcap, window,
+        product, position, cols, key_end, bias, mask, bias_step, mask_step, scale, softcap, window,
         BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, EDGE,
     )  # fmt: skip
     weights = weights_of(scores, shift, unit, NATURAL)
@@ -221,10 +223,10 @@ def _load_statistics(shifts, factors, deltas, row_index, row_inside, FACTOR: tl.
 @triton.jit
 def _add_dq(
     dq, tile_q, tile_grad, k, v, k_stride, v_stride, start, key_end,
-    shift, factor, delta, position, row_index, row_inside, dims,
+    shift, factor, delta, position, row_index, dims,
     bias, mask, bias_step, mask_step, seed, first_column, threshold, keep_scale, scale, unit, softcap, window,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, FACTOR: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """dq + dR K over one tile of keys."""
@@ -233,18 +235,18 @@ def _add_dq(
     start = tl.full((), 0, tl.int64) + start
     tile_k = load_tile(k + start * k_stride, inside, dims, EDGE, HEAD_DIM, DIMS)
     tile_v = load_tile(v + start * v_stride, inside, dims, EDGE, HEAD_DIM, DIMS)
-    product = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
-    dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision="ieee")
-    kept = row_inside[:, None]
+    product = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION)
+    dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision=PRECISION)
+    kept = product
     if DROPOUT:
         kept = keep(seed, row_index, first_column + start, threshold, False, ROWS, COLS)
     _, _, dproduct = _score_gradients(
         product, dweights, shift[:, None], factor[:, None], delta[:, None], kept,
-        position[:, None], cols[None, :], key_end, row_inside[:, None], bias[:, None], mask[:, None],
+        position[:, None], cols[None, :], key_end, bias[:, None], mask[:, None],
         bias_step, mask_step, scale, unit, softcap, window, keep_scale,
         BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, FACTOR, DROPOUT, EDGE,
     )  # fmt: skip
-    return tl.dot(dproduct.to(tile_k.dtype), tile_k, dq, input_precision="ieee")
+    return tl.dot(dproduct.to(tile_k.dtype), tile_k, dq, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -259,7 +261,8 @@ def attention_queries_kernel(
     bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
     scale, unit, softcap, window, threshold, keep_scale,
     PREFIX: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, LENGTHS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PREFIX_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -278,8 +281,9 @@ def attention_queries_kernel(
     at_grad = at_rows(rows, batch, kv_head, grad_batch, grad_head, grad_query, GROUP)
     tile_q = load_tile(q + at_q[:, None] + dims[None, :], row_inside, dims, True, HEAD_DIM, DIMS)
     tile_grad = load_tile(grad_out + at_grad[:, None] + dims[None, :], row_inside, dims, True, HEAD_DIM, DIMS)
-    bias_rows = bias + at_rows(rows, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
-    mask_rows = mask + at_rows(rows, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
+    existing = tl.minimum(rows, row_count - 1)
+    bias_rows = bias + at_rows(existing, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
+    mask_rows = mask + at_rows(existing, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
     shift, factor, delta = _load_statistics(shifts, factors, deltas, row_index, row_inside, BIAS)
 
     acc = tl.zeros((ROWS, DIMS), tl.float32)
@@ -290,9 +294,9 @@ def attention_queries_kernel(
         for number in range(tl.cdiv(prefix, PREFIX_COLS)):
             acc = _add_dq(
                 acc, tile_q, tile_grad, k_tile, v_tile, pk_key, pv_key, number * PREFIX_COLS, prefix,
-                shift, factor, delta, position, row_index, row_inside, dims,
+                shift, factor, delta, position, row_index, dims,
                 bias_rows, mask_rows, bias_key, mask_key, seed, 0, threshold, keep_scale, scale, unit, softcap, window,
-                False, False, False, False, SOFTCAP, NATURAL, BIAS, DROPOUT, True,
+                False, False, False, False, SOFTCAP, NATURAL, PRECISION, BIAS, DROPOUT, True,
                 HEAD_DIM, DIMS, ROWS, PREFIX_COLS,
             )  # fmt: skip
     lanes = tl.arange(0, COLS).to(tl.int64)
@@ -310,17 +314,17 @@ def attention_queries_kernel(
     for start in range(full_first, full_end, COLS):
         acc = _add_dq(
             acc, tile_q, tile_grad, k_tile, v_tile, k_key, v_key, start, key_end,
-            shift, factor, delta, position, row_index, row_inside, dims,
+            shift, factor, delta, position, row_index, dims,
             bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, keep_scale, scale, unit, softcap, window,
-            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, BIAS, DROPOUT, False, HEAD_DIM, DIMS, ROWS, COLS,
+            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, BIAS, DROPOUT, False, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
     for number in range(edges):
         acc = _add_dq(
             acc, tile_q, tile_grad, k_tile, v_tile, k_key, v_key,
             edge_start(number, first, full_first, full_end, COLS), key_end,
-            shift, factor, delta, position, row_index, row_inside, dims,
+            shift, factor, delta, position, row_index, dims,
             bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, keep_scale, scale, unit, softcap, window,
-            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, BIAS, DROPOUT, True, HEAD_DIM, DIMS, ROWS, COLS,
+            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, BIAS, DROPOUT, True, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
 
     heads = kv_heads * GROUP
@@ -343,7 +347,7 @@ def _add_dk_dv(
     seed, first_column, threshold, keep_scale, scale, unit, softcap, window,
     DK: tl.constexpr, DV: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, FACTOR: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """dk + dR^T Q and dv + (P * Z)^T dO over one tile of rows, whose scores stand here as (COLS, ROWS)."""
@@ -355,26 +359,27 @@ def _add_dk_dv(
     tile_q = load_tile(q + at_q[:, None] + dims[None, :], row_inside, dims, EDGE, HEAD_DIM, DIMS)
     tile_grad = load_tile(grad_out + at_grad[:, None] + dims[None, :], row_inside, dims, EDGE, HEAD_DIM, DIMS)
     shift, factor, delta = _load_statistics(shifts, factors, deltas, row_index, row_inside, FACTOR)
-    bias_rows = bias + at_rows(rows, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
-    mask_rows = mask + at_rows(rows, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
-    product = tl.dot(tile_k, tl.trans(tile_q), input_precision="ieee")
+    existing = tl.minimum(rows, row_count - 1)
+    bias_rows = bias + at_rows(existing, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
+    mask_rows = mask + at_rows(existing, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
+    product = tl.dot(tile_k, tl.trans(tile_q), input_precision=PRECISION)
     dweights = product
     if DK:
-        dweights = tl.dot(tile_v, tl.trans(tile_grad), input_precision="ieee")
-    kept = row_inside[None, :]
+        dweights = tl.dot(tile_v, tl.trans(tile_grad), input_precision=PRECISION)
+    kept = product
     if DROPOUT:
         kept = keep(seed, row_index, first_column, threshold, True, ROWS, COLS)
     position = rows // GROUP + offset
     dropped, _, dproduct = _score_gradients(
         product, dweights, shift[None, :], factor[None, :], delta[None, :], kept,
-        position[None, :], cols[:, None], key_end, row_inside[None, :], bias_rows[None, :], mask_rows[None, :],
+        position[None, :], cols[:, None], key_end, bias_rows[None, :], mask_rows[None, :],
         bias_key, mask_key, scale, unit, softcap, window, keep_scale,
         BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, FACTOR, DROPOUT, EDGE,
     )  # fmt: skip
     if DV:
-        dv = tl.dot(dropped.to(tile_grad.dtype), tile_grad, dv, input_precision="ieee")
+        dv = tl.dot(dropped.to(tile_grad.dtype), tile_grad, dv, input_precision=PRECISION)
     if DK:
-        dk = tl.dot(dproduct.to(tile_q.dtype), tile_q, dk, input_precision="ieee")
+        dk = tl.dot(dproduct.to(tile_q.dtype), tile_q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -392,7 +397,8 @@ def attention_keys_kernel(
     scale, unit, softcap, window, threshold, keep_scale,
     DK: tl.constexpr, DV: tl.constexpr, FACTOR: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, LENGTHS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """first_column: of key 0 in the random stream."""
@@ -432,7 +438,7 @@ def attention_keys_kernel(
             row, row_count, batch, kv_head, kv_heads, queries, offset, shifts, factors, deltas, cols, key_end, dims,
             bias, mask, bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
             seed, first_column + start, threshold, keep_scale, scale, unit, softcap, window,
-            DK, DV, BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, FACTOR, DROPOUT, False,
+            DK, DV, BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, FACTOR, DROPOUT, False,
             GROUP, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
     for number in range(edges):
@@ -443,7 +449,7 @@ def attention_keys_kernel(
             row_count, batch, kv_head, kv_heads, queries, offset, shifts, factors, deltas, cols, key_end, dims,
             bias, mask, bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
             seed, first_column + start, threshold, keep_scale, scale, unit, softcap, window,
-            DK, DV, BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, FACTOR, DROPOUT, True,
+            DK, DV, BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, FACTOR, DROPOUT, True,
             GROUP, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
 
@@ -470,7 +476,7 @@ def _bias_tile(
     bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
     scale, unit, softcap, window, threshold, keep_scale,
     MASK: tl.constexpr, LENGTHS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """acc + dS of tile `turn` among the (batches, heads, row_blocks, col_blocks) from (batch, head, ...) on."""
@@ -495,18 +501,19 @@ def _bias_tile(
     tile_k = load_tile(k_tile, inside, dims, EDGE, HEAD_DIM, DIMS)
     tile_grad = load_tile(grad_out + at_grad[:, None] + dims[None, :], row_inside, dims, EDGE, HEAD_DIM, DIMS)
     tile_v = load_tile(v_tile, inside, dims, EDGE, HEAD_DIM, DIMS)
-    product = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
-    dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision="ieee")
+    product = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION)
+    dweights = tl.dot(tile_grad, tl.trans(tile_v), input_precision=PRECISION)
     row_index = at_rows(rows, batch, head, all_heads * queries, queries, 1, 1)
     shift, factor, delta = _load_statistics(shifts, factors, deltas, row_index, row_inside, True)
-    bias_rows = bias + at_rows(rows, batch, head, bias_batch, bias_head, bias_query, 1)
-    mask_rows = mask + at_rows(rows, batch, head, mask_batch, mask_head, mask_query, 1)
-    kept = row_inside[:, None]
+    existing = tl.minimum(rows, queries - 1)
+    bias_rows = bias + at_rows(existing, batch, head, bias_batch, bias_head, bias_query, 1)
+    mask_rows = mask + at_rows(existing, batch, head, mask_batch, mask_head, mask_query, 1)
+    kept = product
     if DROPOUT:
         kept = keep(seed, row_index, prefix + start, threshold, False, ROWS, COLS)
     _, dscores, _ = _score_gradients(
         product, dweights, shift[:, None], factor[:, None], delta[:, None], kept,
-        (rows + keys - queries)[:, None], cols[None, :], key_end, row_inside[:, None],
+        (rows + keys - queries)[:, None], cols[None, :], key_end,
         bias_rows[:, None], mask_rows[:, None], bias_key, mask_key, scale, unit, softcap, window, keep_scale,
         True, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, True, DROPOUT, EDGE,
     )  # fmt: skip
@@ -523,7 +530,7 @@ def attention_bias_kernel(
     scale, unit, softcap, window, threshold, keep_scale,
     OWN_BATCH: tl.constexpr, OWN_HEAD: tl.constexpr, OWN_ROWS: tl.constexpr, OWN_COLS: tl.constexpr,
     MASK: tl.constexpr, LENGTHS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A tile of dbias: the sum of dS over the dimensions that bias is broadcast over, those which are not OWN.
@@ -595,7 +602,8 @@ def attention_bias_kernel(
             grad_batch, grad_head, grad_query, q_batch, q_head, q_query, k_batch, k_head, k_key, v_batch, v_head, v_key,
             bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
             scale, unit, softcap, window, threshold, keep_scale,
-            MASK, LENGTHS, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, False, GROUP, HEAD_DIM, DIMS, ROWS, COLS,
+            MASK, LENGTHS, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, DROPOUT, False,
+            GROUP, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
     for turn in range(edge_turn, end_turn):
         acc = _bias_tile(
@@ -605,7 +613,8 @@ def attention_bias_kernel(
             grad_batch, grad_head, grad_query, q_batch, q_head, q_query, k_batch, k_head, k_key, v_batch, v_head, v_key,
             bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
             scale, unit, softcap, window, threshold, keep_scale,
-            MASK, LENGTHS, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, True, GROUP, HEAD_DIM, DIMS, ROWS, COLS,
+            MASK, LENGTHS, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, DROPOUT, True,
+            GROUP, HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
 
     matrix = batch.to(tl.int64)

@@ -30,11 +30,11 @@ def _attend(
     acc, highest, total,  # the rows' state: sum of weights * v, highest score, sum of weights
     tile_q, k, v,  # q of the rows; pointers to (COLS, DIMS) tiles of keys 0 .. COLS - 1
     k_stride, v_stride, start, key_end,
-    position, row_index, row_inside, dims,
+    position, row_index, dims,
     bias, mask, bias_step, mask_step, seed, first_column, threshold,
     scale, unit, softcap, window,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr, EMPTY: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr, EMPTY: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, from `start` on, joins the state."""
@@ -42,9 +42,9 @@ def _attend(
     inside = (cols >= 0) & (cols < key_end)
     start = tl.full((), 0, tl.int64) + start
     tile_k = load_tile(k + start * k_stride, inside, dims, EDGE, HEAD_DIM, DIMS)
-    product = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
+    product = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION)
     scores, _ = scores_of(
-        product, position[:, None], cols[None, :], key_end, row_inside[:, None],
+        product, position[:, None], cols[None, :], key_end,
         bias[:, None], mask[:, None], bias_step, mask_step, scale, softcap, window,
         BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, EDGE,
     )  # fmt: skip
@@ -55,7 +55,7 @@ def _attend(
     if DROPOUT:
         weights = tl.where(keep(seed, row_index, first_column + start, threshold, False, ROWS, COLS), weights, 0.0)
     tile_v = load_tile(v + start * v_stride, inside, dims, EDGE, HEAD_DIM, DIMS)
-    acc = tl.dot(weights.to(tile_v.dtype), tile_v, acc, input_precision="ieee")
+    acc = tl.dot(weights.to(tile_v.dtype), tile_v, acc, input_precision=PRECISION)
     return acc, highest, total
 
 
@@ -76,7 +76,8 @@ def attention_forward_kernel(
     bias_batch, bias_head, bias_query, bias_key, mask_batch, mask_head, mask_query, mask_key,
     scale, unit, softcap, window, threshold, keep_scale,
     PREFIX: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, LENGTHS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
     SPLIT: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PREFIX_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -94,8 +95,9 @@ def attention_forward_kernel(
     row_index = at_rows(rows, batch, kv_head, GROUP * kv_heads * queries, queries, 1, GROUP)
     at_q = at_rows(rows, batch, kv_head, q_batch, q_head, q_query, GROUP)
     tile_q = load_tile(q + at_q[:, None] + dims[None, :], row_inside, dims, True, HEAD_DIM, DIMS)
-    bias_rows = bias + at_rows(rows, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
-    mask_rows = mask + at_rows(rows, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
+    existing = tl.minimum(rows, row_count - 1)
+    bias_rows = bias + at_rows(existing, batch, kv_head, bias_batch, bias_head, bias_query, GROUP)
+    mask_rows = mask + at_rows(existing, batch, kv_head, mask_batch, mask_head, mask_query, GROUP)
 
     acc = tl.zeros((ROWS, DIMS), tl.float32)
     highest = tl.full((ROWS,), -float("inf"), tl.float32)
@@ -108,9 +110,9 @@ def attention_forward_kernel(
         for number in range(edges):
             acc, highest, total = _attend(
                 acc, highest, total, tile_q, k_tile, v_tile, pk_key, pv_key, first + number * PREFIX_COLS, prefix,
-                position, row_index, row_inside, dims,
+                position, row_index, dims,
                 bias_rows, mask_rows, bias_key, mask_key, seed, 0, threshold, scale, unit, softcap, window,
-                False, False, False, False, SOFTCAP, NATURAL, DROPOUT, True, False,
+                False, False, False, False, SOFTCAP, NATURAL, PRECISION, DROPOUT, True, False,
                 HEAD_DIM, DIMS, ROWS, PREFIX_COLS,
             )  # fmt: skip
 
@@ -129,18 +131,18 @@ def attention_forward_kernel(
     for start in range(full_first, full_end, COLS):
         acc, highest, total = _attend(
             acc, highest, total, tile_q, k_tile, v_tile, k_key, v_key, start, key_end,
-            position, row_index, row_inside, dims,
+            position, row_index, dims,
             bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, scale, unit, softcap, window,
-            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, False, BIAS or MASK,
+            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, DROPOUT, False, BIAS or MASK,
             HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
     for number in range(edges):
         acc, highest, total = _attend(
             acc, highest, total, tile_q, k_tile, v_tile, k_key, v_key,
             edge_start(number, first, full_first, full_end, COLS), key_end,
-            position, row_index, row_inside, dims,
+            position, row_index, dims,
             bias_rows, mask_rows, bias_key, mask_key, seed, prefix, threshold, scale, unit, softcap, window,
-            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, True, True,
+            BIAS, MASK, CAUSAL, WINDOW, SOFTCAP, NATURAL, PRECISION, DROPOUT, True, True,
             HEAD_DIM, DIMS, ROWS, COLS,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lwft_kernels.triton.philox import keep_tile
+from lwft_kernels.triton.philox import keep_element, keep_tile
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -158,8 +158,7 @@ def scores_of(
     position,  # where the rows' queries stand: i + L - S; broadcasts with product, as do all below
     cols,  # keys
     key_end,  # how many keys there are for these rows
-    row_inside,  # whether the rows are rows
-    bias, mask,  # pointers to the rows of bias and mask
+    bias, mask,  # pointers to the rows of bias and mask, of rows that exist: these are read without a mask
     bias_step, mask_step,  # their strides from key to key
     scale, softcap, window,
     BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -178,17 +177,16 @@ def scores_of(
         scores = bent * softcap
         slope = 1.0 - bent * bent
     if EDGE:
-        allowed = (cols >= 0) & (cols < key_end)
-        if BIAS or MASK:
-            loaded = allowed & row_inside
+        inside = (cols >= 0) & (cols < key_end)
+        allowed = inside
     if BIAS:
         if EDGE:
-            scores += tl.load(bias + cols.to(tl.int64) * bias_step, loaded, other=0.0).to(tl.float32)
+            scores += tl.load(bias + cols.to(tl.int64) * bias_step, inside, other=0.0).to(tl.float32)
         else:
             scores += tl.load(bias + cols.to(tl.int64) * bias_step).to(tl.float32)
     if MASK:
         if EDGE:
-            seen = tl.load(mask + cols.to(tl.int64) * mask_step, loaded, other=0)
+            seen = tl.load(mask + cols.to(tl.int64) * mask_step, inside, other=0)
         else:
             seen = tl.load(mask + cols.to(tl.int64) * mask_step)
         scores = tl.where(seen != 0, scores, -float("inf"))
@@ -237,8 +235,18 @@ def raised(scores, highest, unit, NATURAL: tl.constexpr, EMPTY: tl.constexpr):
 
 @triton.jit
 def keep(seed, row_index, first_column, threshold, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Which weights of a tile dropout keeps; as (COLS, ROWS) where TRANSPOSED."""
-    kept = keep_tile(seed, row_index, first_column, threshold, ROWS, COLS)
-    if TRANSPOSED:
-        kept = tl.trans(kept)
+    """Which weights of a tile dropout keeps; as (COLS, ROWS) where TRANSPOSED.
+
+    first_column: a multiple of 64, or of COLS where that is less.
+    """
+    if COLS % 64 == 0:
+        kept = keep_tile(seed, row_index, first_column, threshold, ROWS, COLS)
+        if TRANSPOSED:
+            kept = tl.trans(kept)
+    else:
+        columns = tl.arange(0, COLS).to(tl.int64) + first_column
+        if TRANSPOSED:
+            kept = keep_element(seed, row_index[None, :], columns[:, None], threshold)
+        else:
+            kept = keep_element(seed, row_index[:, None], columns[None, :], threshold)
     return kept

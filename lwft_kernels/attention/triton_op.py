@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lwft_kernels.attention import triton_tiles
 from lwft_kernels.attention.triton_backward import (
     attention_bias_kernel,
     attention_keys_kernel,
@@ -90,7 +91,15 @@ class _Call:
 
     @property
     def dims(self) -> int:
-        return max(16, triton.next_power_of_2(self.q.shape[3]))
+        return max(16, int(triton.next_power_of_2(self.q.shape[3])))
+
+    @property
+    def precision(self) -> str:
+        """Of products of float32. NVIDIA's matrix units take their 11 leading bits, or in three products nearly all.
+
+        Without matrix units a tile would spill: its product would be written out element by element.
+        """
+        return "tf32x3" if card_of(self.q.device).maker == "cuda" else "ieee"
 
     @property
     def band(self) -> tuple[Any, ...]:
@@ -126,6 +135,7 @@ class _Call:
             "WINDOW": self.window > 0 and not prefix,
             "SOFTCAP": self.softcap > 0,
             "NATURAL": self.bias is not None or self.softcap > 0 or not self.scale > 0,
+            "PRECISION": self.precision,
             "DROPOUT": self.seed is not None,
             "GROUP": self.group,
             "HEAD_DIM": self.q.shape[3],
@@ -160,28 +170,17 @@ def _call(
     )  # fmt: skip
 
 
-def _prefix_cols(call: _Call, cols: int) -> int:
-    """Keys of a tile of the prefix, which is short as a rule."""
-    return min(cols, max(64 if call.seed is not None else 16, triton.next_power_of_2(call.prefix)))
-
-
-def forward_candidates(call: _Call, card: Card) -> tuple[Configuration, ...]:
-    dims, few = call.dims, call.rows <= _FEW_ROWS
-    tiles = [(128, 64, 8, 2), (64, 64, 4, 2)]
-    if few:
-        tiles = [(16, 64, 4, 2)]
-    elif call.q.dtype == torch.float32:
-        tiles = [(64, 64, 8, 2)]
-    del dims, card
-    return tuple(
-        Configuration({"ROWS": rows, "COLS": cols, "PREFIX_COLS": _prefix_cols(call, cols)}, warps, stages)
-        for rows, cols, warps, stages in tiles
-    )
+def _candidates(kernel: str, call: _Call, card: Card) -> tuple[Configuration, ...]:
+    return triton_tiles.candidates(
+        kernel, card, call.q.dtype, call.dims, few_rows=call.rows <= _FEW_ROWS,
+        laden=call.bias is not None or call.mask is not None or call.softcap > 0 or call.seed is not None,
+        prefix=call.prefix,
+    )  # fmt: skip
 
 
 def _parts(call: _Call, card: Card, rows: int) -> int:
     """Into how many parts the keys are cut, so that there is a program for each multiprocessor."""
-    programs = triton.cdiv(call.rows, rows) * call.groups
+    programs = int(triton.cdiv(call.rows, rows)) * call.groups
     wanted = card.multiprocessors // max(programs, 1)
     return max(1, min(wanted, (call.k.shape[2] + call.prefix) // _FEWEST_KEYS_OF_A_PART, _MOST_PARTS))
 
@@ -210,7 +209,7 @@ def attention_forward(
     )  # fmt: skip
     card = card_of(q.device)
     batch, heads, queries, head_dim = q.shape
-    candidates = forward_candidates(call, card)
+    candidates = _candidates("forward", call, card)
     parts = _parts(call, card, max(c.blocks["ROWS"] for c in candidates))
     threshold, keep_scale = threshold_and_scale(dropout_p)
     sums, highests, totals = out, lse, lse
@@ -264,32 +263,12 @@ def _exact(call: _Call, bias_wanted: bool) -> bool:
     return same or call.rows <= _FEW_ROWS or call.prefix + call.k.shape[2] <= _FEW_KEYS
 
 
-def statistics_candidates(call: _Call, card: Card) -> tuple[Configuration, ...]:
-    del card
-    return (Configuration({"ROWS": 64, "COLS": 64, "PREFIX_COLS": _prefix_cols(call, 64)}, 4, 1),)
-
-
-def queries_candidates(call: _Call, card: Card) -> tuple[Configuration, ...]:
-    del card
-    return (Configuration({"ROWS": 64, "COLS": 64, "PREFIX_COLS": _prefix_cols(call, 64)}, 4, 2),)
-
-
-def keys_candidates(call: _Call, card: Card) -> tuple[Configuration, ...]:
-    del card, call
-    return (Configuration({"ROWS": 64, "COLS": 64}, 4, 2),)
-
-
-def bias_candidates(call: _Call, card: Card) -> tuple[Configuration, ...]:
-    del card, call
-    return (Configuration({"ROWS": 64, "COLS": 64}, 4, 1),)
-
-
 def _statistics(
     call: _Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_wanted: bool
 ) -> _Gradient:
     q = call.q
     shift, delta = (q.new_empty(lse.shape, dtype=torch.float32) for _ in range(2))
-    factor = shift if call.bias is None else torch.empty_like(shift)
+    factor = shift if call.bias is None else q.new_empty(lse.shape, dtype=torch.float32)
     out = _unit_stride(out)
     threshold, keep_scale = threshold_and_scale(call.dropout_p)
     launch(
@@ -300,7 +279,7 @@ def _statistics(
         *_strides(grad_out, 3), *_strides(out, 3), *call.strides(), *call.rule(), threshold, keep_scale,
         GRAD_LSE=grad_lse is not None, EXACT=_exact(call, bias_wanted), PREFIX=call.prefix > 0, **call.scores(),
         grid=lambda c: (triton.cdiv(call.rows, c.blocks["ROWS"]) * call.groups,),
-        candidates=statistics_candidates(call, card_of(q.device)), band=call.band,
+        candidates=_candidates("statistics", call, card_of(q.device)), band=call.band,
     )  # fmt: skip
     return _Gradient(call, grad_out, shift, factor, delta)
 
@@ -316,7 +295,7 @@ def _queries(gradient: _Gradient) -> Tensor:
         *_strides(gradient.grad_out, 3), *call.strides(), *call.rule(), threshold, keep_scale,
         PREFIX=call.prefix > 0, **call.scores(),
         grid=lambda c: (triton.cdiv(call.rows, c.blocks["ROWS"]) * call.groups,),
-        candidates=queries_candidates(call, card_of(call.q.device)), band=call.band,
+        candidates=_candidates("queries", call, card_of(call.q.device)), band=call.band,
     )  # fmt: skip
     return dq
 
@@ -337,7 +316,7 @@ def _keys(gradient: _Gradient, prefix: bool, needs: int) -> tuple[Tensor, Tensor
     sizes = (batch, keys, kv_heads, head_dim) if by_token else (batch, kv_heads, keys, head_dim)
     summed = prefix and k.shape[0] == 1 and batch > 1
     card = card_of(k.device)
-    candidates = keys_candidates(call, card)
+    candidates = _candidates("keys", call, card)
     programs = triton.cdiv(keys, max(c.blocks["COLS"] for c in candidates)) * call.groups
     most = triton.cdiv(call.rows, _FEWEST_ROWS_OF_A_PART)
     parts = max(1, min(2 * card.multiprocessors // max(programs, 1), most))
@@ -385,7 +364,7 @@ def _bias(gradient: _Gradient) -> Tensor:
     if keys == 0:
         return bias.new_zeros(bias.shape)
     card = card_of(q.device)
-    candidates = bias_candidates(call, card)
+    candidates = _candidates("bias", call, card)
     shifted = call.prefix % 64 if call.seed is not None else 0
 
     def blocks(c: Configuration) -> tuple[int, int, int, int]:

@@ -42,6 +42,22 @@ def test_add_layer_norm(walls, dtype):
     LF.add_layer_norm(x, u, weight, bias, dropout_p=0.1).sum().backward()
 
 
+@pytest.mark.parametrize("queries,group", [(37, 2), (1, 1)])
+@pytest.mark.parametrize("rule", [{}, {"causal": True, "dropout_p": 0.1}, {"window": 20, "softcap": 3.0}], ids=str)
+def test_attention(walls, queries, group, rule):
+    q, k, v, bias, prefix_k, prefix_v = tensors(
+        (2, 2, queries, 24), (2, 2 // group, 75, 24), (2, 2 // group, 75, 24), (2, 1, queries, 75),
+        (1, 2 // group, 5, 24), (1, 2 // group, 5, 24),
+    )  # fmt: skip
+    LF.attention(q, k, v, **rule).sum().backward()
+    mask, lengths = guarded(torch.rand(1, 2, queries, 75) > 0.2), guarded(torch.tensor([75, 31]))
+    for lines in (bias, bias[:, :, :1], bias[..., :1]):
+        lines = guarded(lines).requires_grad_()
+        LF.attention(
+            q, k, v, bias=lines, mask=mask, lengths=lengths, prefix_k=prefix_k, prefix_v=prefix_v, **rule
+        ).sum().backward()  # fmt: skip
+
+
 @pytest.mark.parametrize("too_far", [0, 1])
 def test_a_wall_ends_the_process(too_far):
     """The test of the test: one element more is not survived."""
