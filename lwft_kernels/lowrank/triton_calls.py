@@ -28,13 +28,23 @@ def _lora_linear(
         index = _empty(tokens, dtype=torch.int64) if adapters else None
         seed = _empty(2, dtype=torch.int64) if dropout_p else None
         _, hidden = triton_op.lora_linear_forward(x, weight, bias, a, b, index, seed, 2.0, dropout_p)
-        triton_op.lora_linear_backward(
-            grad_out, x, weight, a, b, hidden, index, seed, 2.0, dropout_p, needs=0b11001
-        )
+        triton_op.lora_linear_backward(grad_out, x, weight, a, b, hidden, index, seed, 2.0, dropout_p, needs=0b11001)
 
-    name = f"lora_linear {tokens} tokens d={d} r={rank} {_name(dtype)}, adapters {_name(adapter_dtype)}"
-    name += f" x {adapters}" * bool(adapters) + " dropout" * bool(dropout_p)
-    return Call(name, run, matrix=_MATRIX)
+    name = f"lora_linear {_sizes(tokens, d, rank, dtype, adapter_dtype, dropout_p)}"
+    return Call(name + f", {adapters} adapters" * bool(adapters), run, matrix=_MATRIX)
+
+
+def _lora_delta(
+    tokens: int, d: int, rank: int, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout_p: float
+) -> Call:
+    def run() -> None:
+        base_out, x, grad_out = (_empty(tokens, d, dtype=dtype) for _ in range(3))
+        a, b = _empty(rank, d, dtype=adapter_dtype), _empty(d, rank, dtype=adapter_dtype)
+        seed = _empty(2, dtype=torch.int64) if dropout_p else None
+        hidden = triton_op.lora_delta_forward_(base_out, x, a, b, None, seed, 2.0, dropout_p)
+        triton_op.lora_delta_backward(grad_out, x, a, b, hidden, None, seed, 2.0, dropout_p, needs=0b111)
+
+    return Call(f"lora_delta {_sizes(tokens, d, rank, dtype, adapter_dtype, dropout_p)}", run, matrix=_MATRIX)
 
 
 def _low_rank_linear(tokens: int, d: int, rank: int, dtype: torch.dtype) -> Call:
@@ -45,16 +55,20 @@ def _low_rank_linear(tokens: int, d: int, rank: int, dtype: torch.dtype) -> Call
         triton_op.low_rank_linear_backward(grad_out, x, down, up, hidden, needs=0b1111)
 
     matrix = _MATRIX if dtype != torch.float32 else frozenset[str]()
-    return Call(f"low_rank_linear {tokens} tokens d={d} r={rank} {_name(dtype)}", run, matrix=matrix)
+    return Call(f"low_rank_linear {_sizes(tokens, d, rank, dtype, dtype)}", run, matrix=matrix)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _sizes(
+    tokens: int, d: int, rank: int, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout_p: float = 0.0
+) -> str:
+    dtypes = " beside ".join(str(d).removeprefix("torch.") for d in dict.fromkeys((adapter_dtype, dtype)))
+    return f"{tokens} tokens d={d} r={rank} {dtypes}" + " dropout" * bool(dropout_p)
 
 
 def calls() -> Iterator[Call]:
     # what is trained: the large tiles, adapters of either dtype
     yield _lora_linear(8192, 4096, 16, torch.bfloat16, torch.bfloat16, 0.1)
-    yield _lora_linear(8192, 4096, 16, torch.bfloat16, torch.float32, 0.1)
+    yield _lora_delta(8192, 4096, 64, torch.bfloat16, torch.float32, 0.1)
+    # what is served: a token, adapters by row
     yield _lora_linear(1, 4096, 16, torch.float16, torch.float16, 0.0, adapters=8)
     yield _low_rank_linear(8192, 1000, 256, torch.float32)

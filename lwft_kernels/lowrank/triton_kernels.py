@@ -31,21 +31,22 @@ def _parts(value):
 
 @triton.jit
 def _exact_product(a, b, total):
-    """total + a b, to the accuracy of float32 where one of them is float32.
+    """total + a b, where b is float32 as accurate as float32.
 
-    bfloat16 beside float32: three products on the matrix units, for nothing of the bfloat16 operand is to be split. The
-    matrix units round their sums towards zero, so each turn's sum, small, is added to the total outside of them.
+    16 bits beside float32: products of bfloat16 parts on the matrix units; the 16-bit operand has one, or two if it is
+    float16. The matrix units round their sums towards zero, so each turn's sum, small, is added to the total outside.
     """
     if a.dtype == b.dtype:
         total = tl.dot(a, b, total, input_precision="ieee")
-    elif a.dtype == tl.bfloat16:
-        high, middle, low = _parts(b)
-        total += tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low)))
-    elif b.dtype == tl.bfloat16:
-        high, middle, low = _parts(a)
-        total += tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b)))
     else:
-        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+        high, middle, low = _parts(b)
+        if a.dtype == tl.bfloat16:
+            found = tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low)))
+        else:
+            a_high, a_low, _ = _parts(a.to(tl.float32))
+            found = tl.dot(a_high, middle, tl.dot(a_high, low, tl.dot(a_low, middle)))
+            found = tl.dot(a_high, high, tl.dot(a_low, high, found))
+        total += found
     return total
 
 

@@ -27,7 +27,6 @@ from lwft_kernels.triton.tuning import Configuration, size_band
 _CUBLAS_DEPTH = 4096  # from here on the vendor's product, see above
 _SLICE_COLUMNS = 512  # a slice of a middle's columns is a multiple of it: as many as keep a program's loads in flight
 _PROGRAMS_PER_MULTIPROCESSOR = 2
-_LARGEST_RANK_TILE = 128
 
 
 @dataclass(frozen=True)
@@ -50,29 +49,39 @@ def _stacked(factor: Tensor) -> Tensor:
     return factor if factor.dim() == 3 else factor[None]
 
 
-def _rank_tile(rank: int) -> int:
-    """tl.dot takes no side below 16."""
-    return min(max(triton.next_power_of_2(rank), 16), _LARGEST_RANK_TILE)
+def _exact(x: Tensor, factor: Tensor) -> bool:
+    """Whether their product is one of float32 by float32, which no matrix unit computes."""
+    return x.dtype == factor.dtype == torch.float32
 
 
-def _stages(card: Card, bytes_per_stage: int, most: int, programs: int = 1) -> int:
-    """How many turns of a loop fit the shared memory, a fourth of which is left to what the compiler puts there."""
-    return max(1, min(most, card.shared_memory * 3 // 4 // (programs * bytes_per_stage)))
+def _rank_tile(x: Tensor, factor: Tensor, most: int = 128) -> int:
+    """A power of two, for tl.dot not below 16.
+
+    Exact products hold their operands in registers, and those with a float32 factor its three parts: so they are small.
+    """
+    largest = 16 if _exact(x, factor) else 64 if factor.dtype == torch.float32 else 128
+    return min(max(triton.next_power_of_2(factor.shape[1]), 16), largest, most)
+
+
+def _stages(card: Card, bytes_per_stage: int, programs: int = 1) -> int:
+    """How many turns of a loop, at most 4, fit the shared memory that `programs` have on a large card, one on another.
+
+    An eighth of it is left to what the compiler puts there.
+    """
+    return max(1, min(4, card.shared_memory * 7 // 8 // (bytes_per_stage * (programs if card.large else 1))))
 
 
 # ---- middle = scale * dropout(x) F^T ----
 
 
 def _middle_candidates(x: Tensor, factor: Tensor) -> tuple[Configuration, ...]:
-    """Bound by reading x: enough loads in flight count, and room for two programs on a multiprocessor."""
-    card, rank_tile = card_of(x.device), _rank_tile(factor.shape[1])
-    cols = 128 if rank_tile <= 64 else 64
-
-    def tile(rows: int, warps: int) -> Configuration:
-        stage = cols * (rows * x.element_size() + rank_tile * factor.element_size())
-        return Configuration({"ROWS": rows, "COLS": cols, "RANK": rank_tile}, warps, _stages(card, stage, 4, 2))
-
-    return (tile(16, 4),) if x.shape[0] <= 16 else (tile(32, 4), tile(64, 8))
+    """Bound by reading x: enough loads in flight count, and room for several programs on a multiprocessor."""
+    rank_tile = _rank_tile(x, factor)
+    rows = 16 if x.shape[0] <= 16 else 32
+    cols = 128 if rank_tile <= 32 and factor.dtype != torch.float32 else 64
+    stage = cols * (rows * x.element_size() + rank_tile * factor.element_size())
+    blocks = {"ROWS": rows, "COLS": cols, "RANK": rank_tile}
+    return (Configuration(blocks, 4, _stages(card_of(x.device), stage, 2)),)
 
 
 def _middle(
@@ -106,10 +115,11 @@ def _middle(
 # ---- out = base + bias + scale * mask (middle F) ----
 
 
-def _expand_configuration(tokens: int, width: int, rank: int) -> Configuration:
-    rows = 16 if tokens <= 16 else 32
-    cols = 256 if width >= 256 else 64
-    return Configuration({"ROWS": rows, "COLS": cols, "RANK": min(_rank_tile(rank), 64)}, num_warps=4, num_stages=1)
+def _expand_candidates(out: Tensor, factor: Tensor) -> tuple[Configuration, ...]:
+    """Bound by writing `out`: many small programs, so that some compute while others write."""
+    rows = 16 if out.shape[0] <= 16 else 32
+    rank_tile = _rank_tile(out, factor, 16 if factor.dtype == torch.float32 else 64)
+    return (Configuration({"ROWS": rows, "COLS": 128, "RANK": rank_tile}, num_warps=4, num_stages=1),)
 
 
 def _expand_into(
@@ -138,32 +148,37 @@ def _expand_into(
         BASE=base is not None, BIAS=bias is not None,
         STACKED=adapter_index is not None, DROPOUT=dropout.seed is not None,
         grid=lambda c: (triton.cdiv(tokens, c.blocks["ROWS"]), triton.cdiv(width, c.blocks["COLS"])),
-        candidates=(_expand_configuration(tokens, width, rank),),
+        candidates=_expand_candidates(out, factor),
     )  # fmt: skip
 
 
 # ---- the same + x W ----
 
 
-def _linear_candidates(card: Card, tokens: int, width: int, rank: int) -> tuple[Configuration, ...]:
+def _linear_candidates(x: Tensor, width: int, factor: Tensor, dropout: bool) -> tuple[Configuration, ...]:
     """Tiles of 16-bit products, the largest that leave no multiprocessor idle first."""
+    card, tokens, rank_tile = card_of(x.device), x.shape[0], _rank_tile(x, factor, 64)
 
-    def tile(rows: int, cols: int, depth: int, warps: int, most: int) -> Configuration:
-        blocks = {"ROWS": rows, "COLS": cols, "DEPTH": depth, "RANK": min(_rank_tile(rank), 64), "GROUP": 8}
-        return Configuration(blocks, warps, _stages(card, (rows + cols) * depth * 2, most))
-
-    if tokens <= 32:  # bound by reading W
-        return (tile(16 if tokens <= 16 else 32, 64, 128, 4, 4),)
-    if not card.large:
-        return (tile(128 if tokens > 64 else 64, 128, 32, 8, 4), tile(64, 128, 32, 4, 4))
-    small, middle, large = tile(64, 128, 64, 4, 4), tile(128, 128, 64, 8, 3), tile(128, 256, 64, 8, 3)
+    def tile(rows: int, cols: int, depth: int, warps: int, programs: int = 1) -> Configuration:
+        blocks = {"ROWS": rows, "COLS": cols, "DEPTH": depth, "RANK": rank_tile, "GROUP": 8}
+        return Configuration(blocks, warps, _stages(card, (rows + cols) * depth * 2, programs))
 
     def fills(configuration: Configuration) -> bool:
         rows, cols = configuration.blocks["ROWS"], configuration.blocks["COLS"]
         return triton.cdiv(tokens, rows) * triton.cdiv(width, cols) >= card.multiprocessors
 
-    order = (large, middle, small) if fills(large) else (middle, large) if fills(middle) else (small, middle)
-    return order[:2]
+    if tokens <= 32:  # bound by reading W
+        return (tile(16 if tokens <= 16 else 32, 64, 128, 4),)
+    if not card.large:
+        return (tile(128, 128, 32, 8), tile(64, 128, 32, 4))[tokens <= 64 :]
+    # From Hopper on operands stay in shared memory, and registers are left for 128 sums a thread, if hardly for a mask.
+    hopper = card.architecture >= 90
+    small = tile(64, 128, 64, 4)
+    middle = tile(128, 128, 64, 4, 2) if hopper and not dropout else tile(128, 128, 64, 8)
+    large = tile(128, 256, 64, 8) if hopper else middle
+    return tuple(
+        dict.fromkeys((large, middle) if fills(large) else (middle, small) if fills(middle) else (small, middle))
+    )
 
 
 def _linear_into(
@@ -191,8 +206,8 @@ def _linear_into(
         threshold, scale * keep_scale,
         BIAS=bias is not None, STACKED=adapter_index is not None, DROPOUT=dropout.seed is not None,
         grid=lambda c: (triton.cdiv(tokens, c.blocks["ROWS"]) * triton.cdiv(width, c.blocks["COLS"]),),
-        candidates=_linear_candidates(card_of(x.device), tokens, width, rank),
-        band=(size_band(tokens), width, depth, _rank_tile(rank), x.dtype, factor.dtype, weight.stride(0) == 1,
+        candidates=_linear_candidates(x, width, factor, dropout.seed is not None),
+        band=(size_band(tokens), width, depth, rank, x.dtype, factor.dtype, weight.stride(0) == 1,
               adapter_index is not None, dropout.seed is not None),
     )  # fmt: skip
 
@@ -200,21 +215,19 @@ def _linear_into(
 # ---- gradient = scale * middle^T dropout(wide) ----
 
 
-def _gradients_candidates(wide: Tensor, factor: Tensor) -> tuple[Configuration, ...]:
+def _gradients_candidates(wide: Tensor, factor: Tensor, dropout: bool) -> tuple[Configuration, ...]:
     """COLS is the same in all of them: so many columns share a partial sum of the other middle.
 
-    The (COLS, RANK) sums stay in registers, 8192 of them, or 32 for each of 256 threads.
+    The (COLS, RANK) sums stay in registers, and beside them what Philox draws, for four columns at a time.
     """
-    card, rank_tile = card_of(wide.device), _rank_tile(factor.shape[1])
-    cols = max(min(8192 // rank_tile, 512, triton.next_power_of_2(wide.shape[1])), 64)
-    warps = 8 if cols * rank_tile >= 8192 else 4
-
-    def tile(rows: int) -> Configuration:
-        stage = rows * (cols * wide.element_size() + rank_tile * 4)
-        blocks = {"ROWS": rows, "COLS": cols, "RANK": rank_tile}
-        return Configuration(blocks, warps, _stages(card, stage, 4, 2))
-
-    return tile(32), tile(64)
+    exact = _exact(wide, factor)
+    rank_tile = _rank_tile(wide, factor)
+    sums = 2048 if exact else 4096 if dropout or factor.dtype == torch.float32 else 8192
+    cols = max(min(sums // rank_tile, triton.next_power_of_2(wide.shape[1])), 64)
+    rows = 16  # short turns, several ahead
+    stage = rows * (cols * wide.element_size() + rank_tile * 4)
+    blocks = {"ROWS": rows, "COLS": cols, "RANK": rank_tile}
+    return (Configuration(blocks, 8 if cols >= 256 else 4, _stages(card_of(wide.device), stage, 2)),)
 
 
 def _gradients(
@@ -238,7 +251,7 @@ def _gradients(
     tokens, width = wide.shape
     adapters, rank, _ = factor.shape
     size = parameter.numel()
-    candidates = _gradients_candidates(wide, factor)
+    candidates = _gradients_candidates(wide, factor, dropout.seed is not None)
     rank_blocks = triton.cdiv(rank, candidates[0].blocks["RANK"])
     slices = triton.cdiv(width, candidates[0].blocks["COLS"])
     wished = _PROGRAMS_PER_MULTIPROCESSOR * card_of(wide.device).multiprocessors
@@ -395,7 +408,7 @@ def _add_base_product(
         implementations,
         device=x.device,
         band=(
-            size_band(tokens), out.shape[1], depth, _rank_tile(factor.shape[1]), x.dtype, factor.dtype,
+            size_band(tokens), out.shape[1], depth, factor.shape[1], x.dtype, factor.dtype,
             adapter_index is not None, dropout.seed is not None,
         ),
     )  # fmt: skip
