@@ -18,33 +18,57 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _lora_linear(
-    tokens: int, d: int, rank: int, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout_p: float, adapters: int = 0
+    tokens: int,
+    d: int,
+    rank: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout_p: float,
+    adapters: int = 0,
+    backward: bool = True,
 ) -> Call:
     def run() -> None:
         x, grad_out = (_empty(tokens, d, dtype=dtype) for _ in range(2))
         weight, bias = _empty(d, d, dtype=dtype), _empty(d, dtype=dtype)
-        stack = (adapters,) if adapters else ()
-        a, b = _empty(*stack, rank, d, dtype=adapter_dtype), _empty(*stack, d, rank, dtype=adapter_dtype)
-        index = _empty(tokens, dtype=torch.int64) if adapters else None
-        seed = _empty(2, dtype=torch.int64) if dropout_p else None
+        a, b, index, seed = _branch(tokens, d, rank, adapter_dtype, dropout_p, adapters)
         _, hidden = triton_op.lora_linear_forward(x, weight, bias, a, b, index, seed, 2.0, dropout_p)
-        triton_op.lora_linear_backward(grad_out, x, weight, a, b, hidden, index, seed, 2.0, dropout_p, needs=0b11001)
+        if backward:
+            triton_op.lora_linear_backward(
+                grad_out, x, weight, a, b, hidden, index, seed, 2.0, dropout_p, needs=0b11001
+            )
 
-    name = f"lora_linear {_sizes(tokens, d, rank, dtype, adapter_dtype, dropout_p)}"
-    return Call(name + f", {adapters} adapters" * bool(adapters), run, matrix=_MATRIX)
+    return Call("lora_linear " + _words(tokens, d, rank, dtype, adapter_dtype, dropout_p, adapters), run, _MATRIX)
 
 
 def _lora_delta(
-    tokens: int, d: int, rank: int, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout_p: float
+    tokens: int,
+    d: int,
+    rank: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout_p: float,
+    adapters: int = 0,
 ) -> Call:
     def run() -> None:
         base_out, x, grad_out = (_empty(tokens, d, dtype=dtype) for _ in range(3))
-        a, b = _empty(rank, d, dtype=adapter_dtype), _empty(d, rank, dtype=adapter_dtype)
-        seed = _empty(2, dtype=torch.int64) if dropout_p else None
-        hidden = triton_op.lora_delta_forward_(base_out, x, a, b, None, seed, 2.0, dropout_p)
-        triton_op.lora_delta_backward(grad_out, x, a, b, hidden, None, seed, 2.0, dropout_p, needs=0b111)
+        a, b, index, seed = _branch(tokens, d, rank, adapter_dtype, dropout_p, adapters)
+        hidden = triton_op.lora_delta_forward_(base_out, x, a, b, index, seed, 2.0, dropout_p)
+        triton_op.lora_delta_backward(grad_out, x, a, b, hidden, index, seed, 2.0, dropout_p, needs=0b111)
 
-    return Call(f"lora_delta {_sizes(tokens, d, rank, dtype, adapter_dtype, dropout_p)}", run, matrix=_MATRIX)
+    return Call("lora_delta " + _words(tokens, d, rank, dtype, adapter_dtype, dropout_p, adapters), run, _MATRIX)
+
+
+def _branch(
+    tokens: int, d: int, rank: int, dtype: torch.dtype, dropout_p: float, adapters: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """lora_a, lora_b, adapter_index and seed."""
+    stack = (adapters,) if adapters else ()
+    return (
+        _empty(*stack, rank, d, dtype=dtype),
+        _empty(*stack, d, rank, dtype=dtype),
+        _empty(tokens, dtype=torch.int64) if adapters else None,
+        _empty(2, dtype=torch.int64) if dropout_p else None,
+    )
 
 
 def _low_rank_linear(tokens: int, d: int, rank: int, dtype: torch.dtype) -> Call:
@@ -55,20 +79,28 @@ def _low_rank_linear(tokens: int, d: int, rank: int, dtype: torch.dtype) -> Call
         triton_op.low_rank_linear_backward(grad_out, x, down, up, hidden, needs=0b1111)
 
     matrix = _MATRIX if dtype != torch.float32 else frozenset[str]()
-    return Call(f"low_rank_linear {_sizes(tokens, d, rank, dtype, dtype)}", run, matrix=matrix)
+    return Call("low_rank_linear " + _words(tokens, d, rank, dtype, dtype), run, matrix)
 
 
-def _sizes(
-    tokens: int, d: int, rank: int, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout_p: float = 0.0
+def _words(
+    tokens: int,
+    d: int,
+    rank: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    adapters: int = 0,
 ) -> str:
-    dtypes = " beside ".join(str(d).removeprefix("torch.") for d in dict.fromkeys((adapter_dtype, dtype)))
-    return f"{tokens} tokens d={d} r={rank} {dtypes}" + " dropout" * bool(dropout_p)
+    dtypes = " beside ".join(str(found).removeprefix("torch.") for found in dict.fromkeys((adapter_dtype, dtype)))
+    words = f"{tokens} tokens d={d} r={rank} {dtypes}" + " dropout" * bool(dropout_p)
+    return words + f" {adapters} adapters" * bool(adapters)
 
 
 def calls() -> Iterator[Call]:
-    # what is trained: the large tiles, adapters of either dtype
-    yield _lora_linear(8192, 4096, 16, torch.bfloat16, torch.bfloat16, 0.1)
-    yield _lora_delta(8192, 4096, 64, torch.bfloat16, torch.float32, 0.1)
-    # what is served: a token, adapters by row
-    yield _lora_linear(1, 4096, 16, torch.float16, torch.float16, 0.0, adapters=8)
+    # PEFT's default, large tiles: float32 adapters, dropout, the base frozen
+    yield _lora_linear(8192, 4096, 16, torch.bfloat16, torch.float32, 0.1)
+    yield _low_rank_linear(8192, 4096, 64, torch.bfloat16)
+    # a batch of adapters: trained, and served a token at a time
+    yield _lora_delta(8192, 4096, 16, torch.bfloat16, torch.bfloat16, 0.1, adapters=8)
+    yield _lora_linear(1, 4096, 16, torch.float16, torch.float16, 0.0, adapters=8, backward=False)
     yield _low_rank_linear(8192, 1000, 256, torch.float32)

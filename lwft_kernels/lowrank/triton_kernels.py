@@ -77,6 +77,19 @@ def _next_adapter(index, after, adapters):
     return tl.min(tl.where((index > after) & (index < adapters), index, adapters), 0)
 
 
+@triton.jit
+def _keep_large_tile(seed, rows, first_col, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """`keep_tile` in two halves, one after the other: beside the sums of a large tile, registers lack for the whole."""
+    if COLS < 256:
+        keep = keep_tile(seed, rows, first_col, threshold, ROWS, COLS)
+    else:
+        left = keep_tile(seed, rows, first_col, threshold, ROWS, COLS // 2)
+        right = keep_tile(seed, rows, first_col + COLS // 2, threshold, ROWS, COLS // 2)
+        halves = tl.join(left.to(tl.int8), right.to(tl.int8))
+        keep = tl.reshape(tl.permute(halves, (0, 2, 1)), (ROWS, COLS)) != 0
+    return keep
+
+
 # ---- middle ----
 
 
@@ -193,7 +206,7 @@ def _branch(
         )
     total = total * scale
     if DROPOUT:
-        total = tl.where(keep_tile(seed, rows, first_col, threshold, ROWS, COLS), total, 0.0)
+        total = tl.where(_keep_large_tile(seed, rows, first_col, threshold, ROWS, COLS), total, 0.0)
     return total
 
 
@@ -261,15 +274,16 @@ def linear_kernel(
     if BIAS:
         total += tl.load(bias + cols, cols < width, other=0.0).to(tl.float32)[None, :]
 
+    # Past the last row the loop reads the last row again, so that no masks of rows lie in registers.
     steps = tl.arange(0, DEPTH)
-    x_tile = x + rows[:, None] * x_stride + steps[None, :]
+    x_tile = x + tl.minimum(rows, tokens - 1)[:, None] * x_stride + steps[None, :]
     # a column of W may lie 2**31 elements away: a vocabulary of 128256 tokens by 16384
     weight_tile = (
         weight + steps[:, None].to(tl.int64) * weight_depth_stride + cols[None, :].to(tl.int64) * weight_col_stride
     )
     for first in range(0, depth, DEPTH):
         left = depth - first
-        a = tl.load(x_tile, (rows < tokens)[:, None] & (steps < left)[None, :], other=0.0)
+        a = tl.load(x_tile, (steps < left)[None, :], other=0.0)
         b = tl.load(weight_tile, (steps < left)[:, None] & (cols < width)[None, :], other=0.0)
         total = tl.dot(a, b, total)
         x_tile += DEPTH
