@@ -90,6 +90,13 @@ def _keep_large_tile(seed, rows, first_col, threshold, ROWS: tl.constexpr, COLS:
     return keep
 
 
+@triton.jit
+def _without_wrong(total, index, adapters):
+    """NaN in the rows of an index that names no adapter: to raise an error, the CPU would have to wait for the GPU."""
+    wrong = (index < -1) | (index >= adapters)
+    return tl.where(wrong[:, None], float("nan"), total)
+
+
 # ---- middle ----
 
 
@@ -145,6 +152,7 @@ def middle_kernel(
             )  # fmt: skip
             total = tl.where(theirs[:, None], found, total)
             adapter = _next_adapter(index, adapter, adapters)
+        total = _without_wrong(total, index, adapters)
     else:
         total = _middle_tile(
             x, factor, seed, rows, inside, ranks, first, last, width, rank,
@@ -200,6 +208,7 @@ def _branch(
             )  # fmt: skip
             total = tl.where(theirs[:, None], found, total)
             adapter = _next_adapter(index, adapter, adapters)
+        total = _without_wrong(total, index, adapters)
     else:
         total = _expanded(
             middle, factor, rows, inside, cols, width, rank, rank_stride, col_stride, result, ROWS, COLS, RANK

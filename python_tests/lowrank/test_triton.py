@@ -9,8 +9,13 @@ from oracle import check_op, outputs_and_gradients, prepared
 
 import lwft_kernels
 from lwft_kernels import functional as LF
+from lwft_kernels.lowrank import triton_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# exact float32 products are the vendor's alone
+IMPLEMENTATIONS = (
+    ("fused", torch.bfloat16), ("fused", torch.float16), ("cublas", torch.float32), ("cublas", torch.bfloat16),
+)  # fmt: skip
 # tokens, d_in, d_out, rank: a single token, fewer than a tile, a block and a bit; one rank tile and two
 SHAPES = ((1, 24, 33, 4), (19, 100, 72, 1), (70, 65, 130, 24), (3, 130, 24, 130))
 
@@ -30,8 +35,13 @@ def check(device, op, arguments, dtype, **options):
 def implementation(request, monkeypatch):
     """Who multiplies with the frozen weight."""
     depth = 1 << 30 if request.param == "fused" else 0
-    monkeypatch.setattr("lwft_kernels.lowrank.triton_op._CUBLAS_DEPTH", depth)
+    monkeypatch.setattr(triton_op, "_CUBLAS_DEPTH", depth)
     return request.param
+
+
+def by_implementation(test):
+    """With the dtypes that each implementation is for."""
+    return pytest.mark.parametrize("implementation, dtype", IMPLEMENTATIONS, indirect=["implementation"])(test)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -40,7 +50,7 @@ def test_low_rank_linear(triton_device, shape, dtype):
     check(triton_device, LF.low_rank_linear, low_rank_arguments(*shape), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@by_implementation
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_lora_linear(triton_device, implementation, shape, dtype):
     check(triton_device, LF.lora_linear, lora_arguments(*shape), dtype)
@@ -52,13 +62,13 @@ def test_lora_delta(triton_device, shape, dtype):
     check(triton_device, lora_delta, delta_arguments(*shape), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@by_implementation
 def test_without_bias(triton_device, implementation, dtype):
     check(triton_device, LF.low_rank_linear, low_rank_arguments(19, 40, 72, 8, bias=False), dtype)
     check(triton_device, LF.lora_linear, lora_arguments(19, 40, 72, 8, bias=False), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@by_implementation
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
 def test_dropout_is_the_reference_dropout(triton_device, implementation, p, dtype):
     for tokens in (5, 70):
@@ -75,7 +85,7 @@ def test_dropout_drops_the_same_elements(triton_device):
     assert 0.2 < (results[0] == 0).double().mean() < 0.4
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@by_implementation
 @pytest.mark.parametrize("index", INDICES)
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_adapter_index(triton_device, implementation, index, p, dtype):
@@ -96,6 +106,19 @@ def test_an_adapter_of_infinities_stays_with_its_rows(triton_device, implementat
     assert torch.equal(found["dx"][::2], expected["dx"][::2])
     assert torch.equal(found["dlora_a"][::2], expected["dlora_a"][::2])
     assert not found["out0"][1::2].isfinite().any()
+
+
+def test_rows_of_a_wrong_index_are_nan(triton_device, implementation):
+    """As on a GPU, where no index is looked at; below, the check of those on the CPU is passed by."""
+    x, weight = torch.randn(4, 24), torch.randn(33, 24)
+    a, b = torch.randn(2, 4, 24), torch.randn(2, 33, 4)
+    index = torch.tensor([0, 2, -1, -2])
+    tensors = [value.to(triton_device, torch.bfloat16) for value in (x, weight, a, b)]
+    x, weight, a, b = tensors
+    index = index.to(triton_device)
+    out, hidden = triton_op.lora_linear_forward(x, weight, None, a, b, index, None, 1.0, 0.0)
+    for found in (out, hidden):
+        assert found[1::2].isnan().all() and found[::2].isfinite().all()
 
 
 def test_unused_adapters_get_zero_gradients(triton_device):
@@ -208,14 +231,34 @@ def test_no_tokens(triton_device, implementation):
 @pytest.mark.parametrize("index", [None, "mixed"])
 def test_twice_the_same_bits(triton_device, implementation, monkeypatch, index):
     """Also where the sums over columns and over tokens are cut into many parts."""
-    monkeypatch.setattr("lwft_kernels.lowrank.triton_op._SLICE_COLUMNS", 128)
-    index = None if index is None else torch.tensor(INDICES[index] * 3)
-    arguments = lora_arguments(210, 300, 140, 8, dropout_p=0.1, adapter_index=index)
+    monkeypatch.setattr(triton_op, "_SLICE_COLUMNS", 128)
+    index = None if index is None else torch.tensor(INDICES[index] * 2)
+    arguments = lora_arguments(140, 200, 70, 8, dropout_p=0.1, adapter_index=index)
     check(triton_device, LF.lora_linear, arguments, torch.bfloat16)
     arguments = {n: v.to(triton_device) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
     arguments = prepared(arguments, torch.bfloat16)
     first, second = (outputs_and_gradients(both(LF.lora_linear)[0], arguments) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("depth, dtype, expected", [
+    (4095, torch.bfloat16, ["fused", "cublas"]),
+    (4096, torch.float16, ["cublas", "fused"]),
+    (64, torch.float32, ["cublas"]),
+])  # fmt: skip
+def test_who_multiplies_with_the_frozen_weight(triton_device, monkeypatch, depth, dtype, expected):
+    """By the rule; what LWFT_AUTOTUNE=full has measured and kept comes before it."""
+    asked = []
+
+    def launch_one_of(name, implementations, *, device, band):
+        asked.append((name, list(implementations)))
+        return next(iter(implementations.values()))()
+
+    monkeypatch.setattr(triton_op, "launch_one_of", launch_one_of)
+    x, weight = (torch.zeros(*shape, dtype=dtype, device=triton_device) for shape in ((1, depth), (8, depth)))
+    a, b = (torch.zeros(*shape, dtype=dtype, device=triton_device) for shape in ((4, depth), (8, 4)))
+    LF.lora_linear(x, weight, None, a, b)
+    assert asked == [("lora_linear_forward", expected)]
 
 
 def test_declines(triton_device):
