@@ -60,7 +60,7 @@ def _rank_tile(x: Tensor, factor: Tensor, most: int = 128) -> int:
     Exact products hold their operands in registers, and those with a float32 factor its three parts: so they are small.
     """
     largest = 16 if _exact(x, factor) else 64 if factor.dtype == torch.float32 else 128
-    return min(max(triton.next_power_of_2(factor.shape[1]), 16), largest, most)
+    return int(min(max(triton.next_power_of_2(factor.shape[1]), 16), largest, most))
 
 
 def _stages(card: Card, bytes_per_stage: int, programs: int = 1) -> int:
@@ -165,7 +165,7 @@ def _linear_candidates(x: Tensor, width: int, factor: Tensor, dropout: bool) -> 
 
     def fills(configuration: Configuration) -> bool:
         rows, cols = configuration.blocks["ROWS"], configuration.blocks["COLS"]
-        return triton.cdiv(tokens, rows) * triton.cdiv(width, cols) >= card.multiprocessors
+        return int(triton.cdiv(tokens, rows) * triton.cdiv(width, cols)) >= card.multiprocessors
 
     if tokens <= 32:  # bound by reading W
         return (tile(16 if tokens <= 16 else 32, 64, 128, 4),)
