@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from lwft_kernels.lowrank.triton_kernels import expand_kernel, gradients_kernel, linear_kernel, middle_kernel
@@ -44,6 +43,10 @@ class _Dropout:
 _NO_DROPOUT = _Dropout(None, 0.0)
 
 
+def _ceil_div(size: int, by: int) -> int:
+    return -(-size // by)
+
+
 def _stacked(factor: Tensor) -> Tensor:
     """(rank, width) or (adapters, rank, width) as the latter."""
     return factor if factor.dim() == 3 else factor[None]
@@ -60,7 +63,7 @@ def _rank_tile(x: Tensor, factor: Tensor, most: int = 128) -> int:
     Exact products hold their operands in registers, and those with a float32 factor its three parts: so they are small.
     """
     largest = 16 if _exact(x, factor) else 64 if factor.dtype == torch.float32 else 128
-    return int(min(max(triton.next_power_of_2(factor.shape[1]), 16), largest, most))
+    return min(max(size_band(factor.shape[1]), 16), largest, most)
 
 
 def _stages(card: Card, bytes_per_stage: int, programs: int = 1) -> int:
@@ -93,11 +96,11 @@ def _middle(
     if tokens == 0:
         return x.new_empty((0, rank), dtype=torch.float32)
     candidates = _middle_candidates(x, factor)
-    rank_blocks = triton.cdiv(rank, candidates[0].blocks["RANK"])
-    programs = triton.cdiv(tokens, candidates[0].blocks["ROWS"]) * rank_blocks
+    rank_blocks = _ceil_div(rank, candidates[0].blocks["RANK"])
+    programs = _ceil_div(tokens, candidates[0].blocks["ROWS"]) * rank_blocks
     wished = max(_PROGRAMS_PER_MULTIPROCESSOR * card_of(x.device).multiprocessors // programs, 1)
-    columns = triton.cdiv(triton.cdiv(width, wished), _SLICE_COLUMNS) * _SLICE_COLUMNS
-    slices = triton.cdiv(width, columns)
+    columns = _ceil_div(_ceil_div(width, wished), _SLICE_COLUMNS) * _SLICE_COLUMNS
+    slices = _ceil_div(width, columns)
     partials = x.new_empty((slices, tokens * rank), dtype=torch.float32)
     threshold, keep_scale = threshold_and_scale(dropout.p)
     launch(
@@ -105,7 +108,7 @@ def _middle(
         x, factor, x if adapter_index is None else adapter_index, seed_or(dropout.seed, x), partials,
         tokens, width, rank, adapters, columns, x.stride(0), *factor.stride(), threshold, scale * keep_scale,
         STACKED=adapter_index is not None, DROPOUT=dropout.seed is not None,
-        grid=lambda c: (triton.cdiv(tokens, c.blocks["ROWS"]), slices, rank_blocks), candidates=candidates,
+        grid=lambda c: (_ceil_div(tokens, c.blocks["ROWS"]), slices, rank_blocks), candidates=candidates,
         band=(size_band(tokens), width, rank, x.dtype, factor.dtype, adapter_index is not None,
               dropout.seed is not None),
     )  # fmt: skip
@@ -147,7 +150,7 @@ def _expand_into(
         threshold, scale * keep_scale,
         BASE=base is not None, BIAS=bias is not None,
         STACKED=adapter_index is not None, DROPOUT=dropout.seed is not None,
-        grid=lambda c: (triton.cdiv(tokens, c.blocks["ROWS"]), triton.cdiv(width, c.blocks["COLS"])),
+        grid=lambda c: (_ceil_div(tokens, c.blocks["ROWS"]), _ceil_div(width, c.blocks["COLS"])),
         candidates=_expand_candidates(out, factor),
     )  # fmt: skip
 
@@ -165,7 +168,7 @@ def _linear_candidates(x: Tensor, width: int, factor: Tensor, dropout: bool) -> 
 
     def fills(configuration: Configuration) -> bool:
         rows, cols = configuration.blocks["ROWS"], configuration.blocks["COLS"]
-        return int(triton.cdiv(tokens, rows) * triton.cdiv(width, cols)) >= card.multiprocessors
+        return _ceil_div(tokens, rows) * _ceil_div(width, cols) >= card.multiprocessors
 
     if tokens <= 32:  # bound by reading W
         return (tile(16 if tokens <= 16 else 32, 64, 128, 4),)
@@ -205,7 +208,7 @@ def _linear_into(
         tokens, width, depth, rank, adapters, x.stride(0), *weight.stride(), *factor.stride(),
         threshold, scale * keep_scale,
         BIAS=bias is not None, STACKED=adapter_index is not None, DROPOUT=dropout.seed is not None,
-        grid=lambda c: (triton.cdiv(tokens, c.blocks["ROWS"]) * triton.cdiv(width, c.blocks["COLS"]),),
+        grid=lambda c: (_ceil_div(tokens, c.blocks["ROWS"]) * _ceil_div(width, c.blocks["COLS"]),),
         candidates=_linear_candidates(x, width, factor, dropout.seed is not None),
         band=(size_band(tokens), width, depth, rank, x.dtype, factor.dtype, weight.stride(0) == 1,
               adapter_index is not None, dropout.seed is not None),
@@ -223,7 +226,7 @@ def _gradients_candidates(wide: Tensor, factor: Tensor, dropout: bool) -> tuple[
     exact = _exact(wide, factor)
     rank_tile = _rank_tile(wide, factor)
     sums = 2048 if exact else 4096 if dropout or factor.dtype == torch.float32 else 8192
-    cols = max(min(sums // rank_tile, triton.next_power_of_2(wide.shape[1])), 64)
+    cols = max(min(sums // rank_tile, size_band(wide.shape[1])), 64)
     rows = 16  # short turns, several ahead
     stage = rows * (cols * wide.element_size() + rank_tile * 4)
     blocks = {"ROWS": rows, "COLS": cols, "RANK": rank_tile}
@@ -252,12 +255,12 @@ def _gradients(
     adapters, rank, _ = factor.shape
     size = parameter.numel()
     candidates = _gradients_candidates(wide, factor, dropout.seed is not None)
-    rank_blocks = triton.cdiv(rank, candidates[0].blocks["RANK"])
-    slices = triton.cdiv(width, candidates[0].blocks["COLS"])
+    rank_blocks = _ceil_div(rank, candidates[0].blocks["RANK"])
+    slices = _ceil_div(width, candidates[0].blocks["COLS"])
     wished = _PROGRAMS_PER_MULTIPROCESSOR * card_of(wide.device).multiprocessors
     parts = max(wished // (slices * rank_blocks * adapters), 1)
-    chunk = triton.cdiv(triton.cdiv(tokens, parts), 64) * 64
-    parts = triton.cdiv(tokens, chunk)
+    chunk = _ceil_div(_ceil_div(tokens, parts), 64) * 64
+    parts = _ceil_div(tokens, chunk)
     gradient = (
         parameter.new_empty(parameter.shape) if parts == 1 else wide.new_empty((parts, size), dtype=torch.float32)
     )
