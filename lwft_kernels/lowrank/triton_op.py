@@ -84,7 +84,10 @@ def _middle_candidates(x: Tensor, factor: Tensor) -> tuple[Configuration, ...]:
     cols = 128 if rank_tile <= 32 and factor.dtype != torch.float32 else 64
     stage = cols * (rows * x.element_size() + rank_tile * factor.element_size())
     blocks = {"ROWS": rows, "COLS": cols, "RANK": rank_tile}
-    return (Configuration(blocks, 4, _stages(card_of(x.device), stage, 2)),)
+    card = card_of(x.device)
+    # beside the parts of a float32 factor registers are few; a large card has more programs of 4 warps than of 8
+    warps = 8 if factor.dtype == torch.float32 and not card.large else 4
+    return (Configuration(blocks, warps, _stages(card, stage, 2)),)
 
 
 def _middle(
@@ -118,11 +121,12 @@ def _middle(
 # ---- out = base + bias + scale * mask (middle F) ----
 
 
-def _expand_candidates(out: Tensor, factor: Tensor) -> tuple[Configuration, ...]:
+def _expand_candidates(out: Tensor, factor: Tensor, stacked: bool) -> tuple[Configuration, ...]:
     """Bound by writing `out`: many small programs, so that some compute while others write."""
     rows = 16 if out.shape[0] <= 16 else 32
+    cols = 64 if stacked else 128  # stacked, the sums of one adapter stand beside those of all
     rank_tile = _rank_tile(out, factor, 16 if factor.dtype == torch.float32 else 64)
-    return (Configuration({"ROWS": rows, "COLS": 128, "RANK": rank_tile}, num_warps=4, num_stages=1),)
+    return (Configuration({"ROWS": rows, "COLS": cols, "RANK": rank_tile}, num_warps=4, num_stages=1),)
 
 
 def _expand_into(
@@ -151,7 +155,7 @@ def _expand_into(
         BASE=base is not None, BIAS=bias is not None,
         STACKED=adapter_index is not None, DROPOUT=dropout.seed is not None,
         grid=lambda c: (_ceil_div(tokens, c.blocks["ROWS"]), _ceil_div(width, c.blocks["COLS"])),
-        candidates=_expand_candidates(out, factor),
+        candidates=_expand_candidates(out, factor, adapter_index is not None),
     )  # fmt: skip
 
 
@@ -225,12 +229,14 @@ def _gradients_candidates(wide: Tensor, factor: Tensor, dropout: bool) -> tuple[
     """
     exact = _exact(wide, factor)
     rank_tile = _rank_tile(wide, factor)
-    sums = 2048 if exact else 4096 if dropout or factor.dtype == torch.float32 else 8192
+    card = card_of(wide.device)
+    # AMD's matrix instructions take their operands from registers too
+    sums = 2048 if exact or card.maker == "hip" else 4096 if dropout or factor.dtype == torch.float32 else 8192
     cols = max(min(sums // rank_tile, size_band(wide.shape[1])), 64)
     rows = 16  # short turns, several ahead
     stage = rows * (cols * wide.element_size() + rank_tile * 4)
     blocks = {"ROWS": rows, "COLS": cols, "RANK": rank_tile}
-    return (Configuration(blocks, 8 if cols >= 256 else 4, _stages(card_of(wide.device), stage, 2)),)
+    return (Configuration(blocks, 8 if cols >= 256 or cols * rank_tile > 4096 else 4, _stages(card, stage, 2)),)
 
 
 def _gradients(
