@@ -95,6 +95,7 @@ def lora_linear(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
             Indices are looked at here (for the B of them, not per token) when they are on the CPU; while
             torch.compile traces that is left to the kernel, which raises RuntimeError.
+            On a GPU, where to look at them would be to wait for it, rows of a wrong index become NaN.
     """
     op = "lora_linear"
     if adapter_index is None and backend.attempts(x) and dropout.is_probability(dropout_p) and type(scale) is float:

@@ -17,6 +17,7 @@ from guarded import guarded
 from torch import Tensor
 
 from lwft_kernels import functional as LF
+from lwft_kernels.lowrank import triton_op
 
 
 @pytest.fixture
@@ -56,6 +57,22 @@ def test_attention(walls, queries, group, rule):
         LF.attention(
             q, k, v, bias=lines, mask=mask, lengths=lengths, prefix_k=prefix_k, prefix_v=prefix_v, **rule
         ).sum().backward()  # fmt: skip
+
+
+@pytest.mark.parametrize("depth", [0, 1 << 30], ids=["cublas", "fused"])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_low_rank_products(walls, monkeypatch, depth, adapter, stacked):
+    monkeypatch.setattr(triton_op, "_CUBLAS_DEPTH", depth)
+    x, weight, bias, base_out = tensors((35, 77), (139, 77), (139,), (35, 139), dtype=torch.bfloat16)
+    stack = (2,) if stacked else ()
+    a, b = tensors((*stack, 5, 77), (*stack, 139, 5), dtype=adapter)
+    options = {"adapter_index": guarded(torch.arange(35) % 3 - 1)} if stacked else {}
+    LF.lora_linear(x, weight, bias, a, b, dropout_p=0.1, **options).sum().backward()
+    LF.lora_delta_(guarded(base_out), x, a, b, dropout_p=0.1, **options).sum().backward()
+    if not stacked:
+        bias = guarded(bias.to(adapter)).requires_grad_()
+        LF.low_rank_linear(x, a, b, bias).sum().backward()
 
 
 @pytest.mark.parametrize("too_far", [0, 1])
