@@ -12,6 +12,7 @@ from lwft_kernels import backend, checks, dropout
 from lwft_kernels.attention import autograd, reference
 
 _OP = "attention"
+_LARGEST_TRITON_HEAD = 256  # tiles of whole heads lie in the registers and the shared memory of one program
 
 
 @overload
@@ -148,7 +149,7 @@ def attention(
             raise ValueError(f"{_OP}: window must be at least 1 (a query sees itself), got {window}")
 
     seed = dropout.draw_seed(q.device) if dropout_p > 0.0 else None
-    if not backend.use_kernels(_OP, q):
+    if not backend.use_kernels(_OP, q, triton_limit=lambda: _triton_limit(head_dim)):
         return reference.attention(
             q, k, v, bias=bias, mask=mask, prefix_k=prefix_k, prefix_v=prefix_v, scale=scale, causal=causal,
             window=window, softcap=softcap, lengths=lengths, dropout_p=dropout_p, return_lse=return_lse,
@@ -161,6 +162,12 @@ def attention(
         scale, causal, window or 0, softcap or 0.0, dropout_p,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _triton_limit(head_dim: int) -> str | None:
+    if head_dim <= _LARGEST_TRITON_HEAD:
+        return None
+    return f"Triton's kernels take heads of at most {_LARGEST_TRITON_HEAD} elements, not {head_dim}"
 
 
 def _check_keys(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None) -> None:
