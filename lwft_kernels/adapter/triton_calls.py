@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lwft_kernels.adapter.functional import ACTIVATIONS
-from lwft_kernels.adapter.triton_op import adapter_forward
+from lwft_kernels.adapter.triton_op import adapter_backward, adapter_forward
 from lwft_kernels.triton.ahead_of_time import Call
 
 
@@ -23,9 +23,14 @@ def _call(
         norm_weight, norm_bias = (empty(d), empty(d)) if norm else (None, None)
         seed = empty(2, of=torch.int64) if dropout_p else None
         position = ACTIVATIONS.index(activation)
-        adapter_forward(
-            x, empty(m, d), empty(m), empty(d, m), empty(d), norm_weight, norm_bias, None, seed,
+        down_weight, down_bias, up_weight = empty(m, d), empty(m), empty(d, m)
+        _, hidden, mean, rstd = adapter_forward(
+            x, down_weight, down_bias, up_weight, empty(d), norm_weight, norm_bias, None, seed,
             position, 1e-5, 1.0, dropout_p, True,
+        )  # fmt: skip
+        adapter_backward(
+            empty(tokens, d, of=dtype), x, down_weight, down_bias, up_weight, norm_weight, norm_bias,
+            hidden, mean, rstd, seed, position, 1.0, dropout_p, True, 0b1111111 if norm else 0b11111,
         )  # fmt: skip
 
     name = f"{str(dtype).removeprefix('torch.')} T={tokens} d={d} m={m} {activation}"
