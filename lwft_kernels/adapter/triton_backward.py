@@ -8,9 +8,9 @@ With the names of triton_forward.py, h = act(z) and g the gradient of out where 
     D = n^T dz,  dWd^T = D w + b dbd,  dw = sum over m of Wd^T D,  db = dbd Wd,
     dWu = scale g^T h,  dbu = scale (sum over tokens of g)                                      columns_kernel
 
-The two means are over d, yet dz and z alone give them, since W n = z - q: d mean(dz W) = dz s, d mean(n dz W) = dz (z - q).
-So the last kernel may cut d into slices. A program of it reads its slice of grad_out and x once, writes that of dx, keeps
-W in shared memory and the sums over its tokens in registers. grad_out is read from memory twice in all, x once.
+The two means are over d, yet dz and z alone give them, since n W^T = z - q: they are dz s / d and dz (z - q) / d. So
+the last kernel may cut d into slices. A program of it reads its slice of grad_out and x once, writes that of dx, keeps W
+in shared memory and the sums over its tokens in registers. grad_out is read from memory twice in all, x once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from lwft_kernels.adapter.triton_activation import activate
-from lwft_kernels.triton.philox import keep_tile
+from lwft_kernels.triton.philox import packed_keep_tile, unpacked
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -28,7 +28,8 @@ def bottleneck_product_kernel(
     up_weight,  # (d, m)
     seed,  # (2,) int64
     products,  # (SPLITS, T, m) float32
-    tokens, d, m, grad_stride, width, threshold,
+    kept_elements,  # (T, kept_stride) int8: what dropout keeps, packed; to draw it twice would take longer
+    tokens, d, m, grad_stride, kept_stride, width, threshold,
     DROPOUT: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """g Wu; program (i, s) takes the i-th ROWS tokens and the s-th `width` columns."""
@@ -46,11 +47,15 @@ def bottleneck_product_kernel(
         inside = rows_inside[:, None] & cols_inside[None, :]
         g = tl.load(grad_out + rows[:, None] * grad_stride + cols[None, :], inside, other=0.0)
         weight = tl.load(
-            up_weight + cols[:, None].to(tl.int64) * m + bottleneck[None, :], cols_inside[:, None] & kept[None, :],
+            up_weight + cols[:, None] * m + bottleneck[None, :], cols_inside[:, None] & kept[None, :],
             other=0.0, eviction_policy="evict_last",
         ).to(g.dtype)  # fmt: skip
         if DROPOUT:
-            g = tl.where(keep_tile(seed, rows, start, threshold, ROWS, COLS), g, 0.0)
+            bits = packed_keep_tile(seed, rows, start, threshold, COLS)
+            counters = start // 4 + tl.arange(0, COLS // 4)
+            bytes_inside = rows_inside[:, None] & (counters < kept_stride)[None, :]
+            tl.store(kept_elements + rows[:, None] * kept_stride + counters[None, :], bits, bytes_inside)
+            g = tl.where(unpacked(bits, ROWS, COLS), g, 0.0)
         product = tl.dot(g, weight, product, input_precision="ieee")
     cells = (split.to(tl.int64) * tokens + rows[:, None]) * m + bottleneck[None, :]
     tl.store(products + cells, product, rows_inside[:, None] & kept[None, :])
@@ -101,7 +106,7 @@ def bottleneck_gradient_kernel(
             tl.store(means + tokens + rows, factor * tl.sum(gradient * (z - q[None, :]), 1), rows_inside)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit
 def columns_kernel(
     grad_out,  # (T, d)
     x,  # (T, d)
@@ -114,17 +119,19 @@ def columns_kernel(
     means,  # (2, T) float32: of bottleneck_gradient_kernel
     dz,  # (T, m)
     h,  # (T, m)
-    seed,  # (2,) int64
+    ddown_bias,  # (T / TOKENS, m) float32: of bottleneck_gradient_kernel, which took TOKENS tokens a program
+    kept_elements,  # (T, kept_stride) int8: of bottleneck_product_kernel
     dx,  # (T, d)
     ddown_weight,  # (parts, m, d) float32: partial sums, as all below
     dup_weight,  # (parts, d, m)
     dup_bias,  # (parts, d)
     dnorm_weight,  # (parts, d)
     dnorm_bias,  # (parts, d)
-    tokens, d, m, grad_stride, x_stride, length, scale, threshold,
+    tokens, d, m, grad_stride, x_stride, kept_stride, length, scale,
     NORM: tl.constexpr, NORM_BIAS: tl.constexpr, DROPOUT: tl.constexpr, RESIDUAL_IS_X: tl.constexpr,
     DX: tl.constexpr, DDOWN: tl.constexpr, DUP: tl.constexpr, DUP_BIAS: tl.constexpr, DNORM: tl.constexpr,
-    DNORM_BIAS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr,
+    DNORM_BIAS: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i) takes the j-th COLS columns and the i-th `length` tokens."""
     dtype: tl.constexpr = x.dtype.element_ty
@@ -135,14 +142,13 @@ def columns_kernel(
     cols_inside = tl.full((COLS,), 1, tl.int1) if EVEN else cols < d
     bottleneck = tl.arange(0, M)
     kept = bottleneck < m
-    by_down = bottleneck[:, None].to(tl.int64) * d + cols[None, :]
-    down_inside = kept[:, None] & cols_inside[None, :]
     if DX:
-        weight = tl.load(folded + by_down, down_inside, other=0.0).to(dtype)
+        weight = tl.load(
+            folded + bottleneck[:, None] * d + cols[None, :], kept[:, None] & cols_inside[None, :], other=0.0
+        ).to(dtype)  # fmt: skip
     up_sum = tl.zeros((COLS, M), tl.float32)
     up_bias_sum = tl.zeros((COLS, 16), tl.float32)
     down_sum = tl.zeros((COLS, M), tl.float32)
-    dz_sum = tl.zeros((ROWS, M), tl.float32)
     for start in range(begin, end, ROWS):
         rows = tl.full((), 0, tl.int64) + start + tl.arange(0, ROWS)
         rows_inside = rows < end
@@ -159,18 +165,21 @@ def columns_kernel(
             if NORM:
                 factor = tl.load(rstd + rows, rows_inside, other=0.0)
                 center = tl.load(mean + rows, rows_inside, other=0.0)
-                normed = (n.to(tl.float32) - center[:, None]) * factor[:, None]
-                n = normed.to(dtype)
-        if DX or DDOWN or DNORM or DNORM_BIAS:
+                deviation = n.to(tl.float32) - center[:, None]
+                n = (deviation * factor[:, None]).to(dtype)
+        if DX or DDOWN or DNORM:
             gradient = tl.load(dz + cells, cells_inside, other=0.0)
         if DDOWN or DNORM:
             down_sum = tl.dot(tl.trans(n), gradient, down_sum, input_precision="ieee")
-        if NORM and ((DDOWN and NORM_BIAS) or DNORM_BIAS):
-            dz_sum += gradient.to(tl.float32)
         if DUP or DUP_BIAS:
             g = grad
             if DROPOUT:
-                g = tl.where(keep_tile(seed, rows, first_col, threshold, ROWS, COLS), grad, 0.0)
+                counters = first_col // 4 + tl.arange(0, COLS // 4)
+                bits = tl.load(
+                    kept_elements + rows[:, None] * kept_stride + counters[None, :],
+                    rows_inside[:, None] & (counters < kept_stride)[None, :], other=0,
+                )  # fmt: skip
+                g = tl.where(unpacked(bits, ROWS, COLS), grad, 0.0)
             if DUP:
                 value = tl.load(h + cells, cells_inside, other=0.0)
                 up_sum = tl.dot(tl.trans(g), value, up_sum, input_precision="ieee")
@@ -182,32 +191,34 @@ def columns_kernel(
             if NORM:
                 mean_g = tl.load(means + rows, rows_inside, other=0.0)
                 mean_gn = tl.load(means + tokens + rows, rows_inside, other=0.0)
-                result = result * factor[:, None] - mean_g[:, None] - normed * mean_gn[:, None]
+                result = (result - deviation * mean_gn[:, None]) * factor[:, None] - mean_g[:, None]
             if RESIDUAL_IS_X:
                 result += grad.to(tl.float32)
             tl.store(dx + rows[:, None] * d + cols[None, :], result.to(dtype), inside, eviction_policy="evict_first")
 
     part = tl.program_id(1).to(tl.int64)
-    by_up = cols[:, None].to(tl.int64) * m + bottleneck[None, :]
+    by_up = cols[:, None] * m + bottleneck[None, :]  # in 32 bits: a weight of 2**31 elements is not an adapter's
     up_inside = cols_inside[:, None] & kept[None, :]
     if DUP:
         tl.store(dup_weight + part * m * d + by_up, up_sum * scale, up_inside)
     if DUP_BIAS:  # 16 times the same
         tl.store(dup_bias + part * d + cols, tl.sum(up_bias_sum, 1) * (scale / 16), cols_inside)
-    transposed = bottleneck[None, :].to(tl.int64) * d + cols[:, None]
+    by_down = bottleneck[None, :] * d + cols[:, None]
     if DNORM or DNORM_BIAS:
-        plain = tl.load(down_weight + transposed, up_inside, other=0.0).to(tl.float32)
+        plain = tl.load(down_weight + by_down, up_inside, other=0.0).to(tl.float32)
     if DNORM:
         tl.store(dnorm_weight + part * d + cols, tl.sum(plain * down_sum, 1), cols_inside)
-    if NORM and ((DDOWN and NORM_BIAS) or DNORM_BIAS):
-        ddown_bias = tl.sum(dz_sum, 0)
+    if (DDOWN and NORM_BIAS) or DNORM_BIAS:
+        dbd = tl.zeros((M,), tl.float32)
+        for start in range(begin, end, TOKENS):
+            dbd += tl.load(ddown_bias + (tl.full((), 0, tl.int64) + start) // TOKENS * m + bottleneck, kept, other=0.0)
     if DNORM_BIAS:
-        tl.store(dnorm_bias + part * d + cols, tl.sum(plain * ddown_bias[None, :], 1), cols_inside)
+        tl.store(dnorm_bias + part * d + cols, tl.sum(plain * dbd[None, :], 1), cols_inside)
     if DDOWN:
         if NORM:
             w = tl.load(norm_weight + cols, cols_inside, other=0.0).to(tl.float32)
             down_sum = down_sum * w[:, None]
             if NORM_BIAS:
                 b = tl.load(norm_bias + cols, cols_inside, other=0.0).to(tl.float32)
-                down_sum += b[:, None] * ddown_bias[None, :]
-        tl.store(ddown_weight + part * m * d + transposed, down_sum, up_inside)
+                down_sum += b[:, None] * dbd[None, :]
+        tl.store(ddown_weight + part * m * d + by_down, down_sum, up_inside)

@@ -35,9 +35,15 @@ def _call(
 
     name = f"{str(dtype).removeprefix('torch.')} T={tokens} d={d} m={m} {activation}"
     name += " LayerNorm" * norm + " dropout" * bool(dropout_p) + f" {parameters} parameters" * bool(parameters)
-    matrix = frozenset({"adapter_forward_kernel"}) if dtype != torch.float32 else frozenset()
+    matrix = (
+        frozenset({"adapter_forward_kernel", "bottleneck_product_kernel", "columns_kernel"})
+        if dtype != torch.float32
+        else frozenset()
+    )
     return Call(name, run, matrix)
 
 
 def calls() -> Iterator[Call]:
     yield _call(8192, 4096, 64, torch.bfloat16, "gelu")
+    yield _call(128, 768, 256, torch.float16, "silu", parameters=torch.float32, dropout_p=0.0)
+    yield _call(512, 768, 64, torch.float32, "tanh")

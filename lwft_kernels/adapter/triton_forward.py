@@ -198,7 +198,7 @@ def adapter_forward_kernel(
                     eviction_policy="evict_first",
                 )  # fmt: skip
             weight = tl.load(
-                up_weight + cols[:, None].to(tl.int64) * m + bottleneck[None, :],
+                up_weight + cols[:, None] * m + bottleneck[None, :],
                 cols_inside[:, None] & kept[None, :], other=0.0, eviction_policy="evict_last",
             ).to(dtype)  # fmt: skip
             branch = tl.dot(value, tl.trans(weight), input_precision="ieee") * scale

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
@@ -12,7 +14,7 @@ from lwft_kernels.adapter.triton_backward import (
     columns_kernel,
 )
 from lwft_kernels.adapter.triton_forward import adapter_forward_kernel, fold_norm_kernel
-from lwft_kernels.triton.cards import card_of
+from lwft_kernels.triton.cards import Card, card_of
 from lwft_kernels.triton.launch import launch
 from lwft_kernels.triton.philox import seed_or, threshold_and_scale
 from lwft_kernels.triton.reduction import reduced
@@ -21,6 +23,7 @@ from lwft_kernels.triton.tuning import Configuration, size_band
 
 _LARGEST_TILE = 128  # columns at a time; a split is a multiple of it
 _TOKENS = 64  # tokens of a program of bottleneck_gradient_kernel; a part of the tokens is a multiple of it
+_SCRATCH = 16 << 10  # of shared memory, left for exchanges between threads and for what is not staged
 _FOLD = (Configuration({"COLS": 1024}, num_warps=4),)
 
 
@@ -80,7 +83,8 @@ def adapter_forward(
     weight, projected = down_weight.contiguous(), mean
     if norm_weight is not None:
         weight, projected = _folded(down_weight, down_bias, norm_weight, norm_bias, x.dtype)
-    block, splits = _cut(tokens, d, 64, card_of(x.device).multiprocessors)
+    card = card_of(x.device)
+    block, splits = _cut(tokens, d, 64, card.multiprocessors)
     width = _share(d, splits, _LARGEST_TILE)
     partials = splits if splits > 1 else 0
     products, sums = (x.new_empty((partials, *shape), dtype=torch.float32) for shape in ((tokens, m), (2, tokens)))
@@ -95,7 +99,7 @@ def adapter_forward(
             UP_BIAS=up_bias is not None, RESIDUAL=residual_is_x or residual is not None, DROPOUT=seed is not None,
             DOWN=down, UP=up, SPLITS=splits, EVEN=d % _LARGEST_TILE == 0, M=_padded(m),
             grid=lambda c: (triton.cdiv(tokens, c.blocks["ROWS"]), splits),
-            candidates=_forward_candidates(block),
+            candidates=_forward_candidates(card, block, _padded(m), rows, up_weight),
             band=(size_band(tokens), d, m, x.dtype, down_weight.dtype, seed is not None, down, up),
         )  # fmt: skip
     return out, hidden, mean, rstd
@@ -131,7 +135,7 @@ def adapter_backward(
     if seed is not None:
         scale *= keep_scale
     shared: dict[str, object] = {"EVEN": d % _LARGEST_TILE == 0, "M": _padded(m)}
-    multiprocessors = card_of(x.device).multiprocessors
+    card = card_of(x.device)
     dtypes = (x.dtype, grad.dtype, down_weight.dtype)
 
     def partial(wants: bool, *shape: int) -> Tensor:
@@ -144,18 +148,21 @@ def adapter_backward(
         weight, projected = _folded(down_weight, down_bias, norm_weight, norm_bias, x.dtype)
     dz, h = (x.new_empty((tokens, m) if wants else (0, m)) for wants in (wants_dz, wants_up))
     means = partial(norm and wants_dx, 2, tokens)
-    block, splits = _cut(tokens, d, 128, multiprocessors)
-    products = partial(wants_dz, splits, tokens, m)
+    block, splits = _cut(tokens, d, 128, card.multiprocessors)
+    products = partial(wants_dz or seed is not None, splits, tokens, m)
     blocks = triton.cdiv(tokens, _TOKENS)
-    ddown_bias = partial(wants_down_bias, blocks, m)
-    if tokens > 0 and wants_dz:
+    sums_dz = wants_down_bias or wants_norm_bias or (wants_down and norm_bias is not None)
+    ddown_bias = partial(sums_dz, blocks, m)
+    kept_stride = triton.cdiv(d, 64) * 16
+    kept_elements = x.new_empty((0 if seed is None else tokens, kept_stride), dtype=torch.int8)
+    if tokens > 0 and (wants_dz or seed is not None):
         launch(
             bottleneck_product_kernel,
-            grad, up_weight.contiguous(), seed_or(seed, x), products,
-            tokens, d, m, grad.stride(0), _share(d, splits, _LARGEST_TILE), threshold,
+            grad, up_weight.contiguous(), seed_or(seed, x), products, kept_elements,
+            tokens, d, m, grad.stride(0), kept_stride, _share(d, splits, _LARGEST_TILE), threshold,
             DROPOUT=seed is not None, **shared,
             grid=lambda c: (triton.cdiv(tokens, c.blocks["ROWS"]), splits),
-            candidates=_product_candidates(block),
+            candidates=_product_candidates(card, block, _padded(m), grad, up_weight),
             band=(size_band(tokens), d, m, *dtypes, seed is not None),
         )  # fmt: skip
     if tokens > 0 and (wants_dz or wants_up):
@@ -163,14 +170,14 @@ def adapter_backward(
             bottleneck_gradient_kernel,
             products, z, rstd, projected, dz, h, means, ddown_bias,
             tokens, d, m, scale,
-            ACTIVATION=activation, NORM=norm and wants_dx, DZ=wants_dz, H=wants_up, DDOWN_BIAS=wants_down_bias,
+            ACTIVATION=activation, NORM=norm and wants_dx, DZ=wants_dz, H=wants_up, DDOWN_BIAS=sums_dz,
             SPLITS=splits, M=_padded(m),
             grid=lambda _: (blocks,),
-            candidates=(Configuration({"ROWS": _TOKENS}, num_warps=8),),
+            candidates=(Configuration({"ROWS": _TOKENS}, num_warps=16 if m > 128 else 8),),
         )  # fmt: skip
 
     # what is taken from a column as a whole
-    parts = _parts(tokens, d, m, multiprocessors)
+    parts = _parts(tokens, d, m, card.multiprocessors)
     ddown_weight, dup_weight = partial(wants_down, parts, m * d), partial(wants_up, parts, d * m)
     dup_bias, dnorm_weight, dnorm_bias = (
         partial(wants, parts, d) for wants in (wants_up_bias, wants_norm, wants_norm_bias)
@@ -179,14 +186,14 @@ def adapter_backward(
         launch(
             columns_kernel,
             grad, rows, _or(norm_weight, x), _or(norm_bias, x), down_weight.contiguous(), weight,
-            mean, rstd, means, dz, h, seed_or(seed, x),
+            mean, rstd, means, dz, h, ddown_bias, kept_elements,
             dx, ddown_weight, dup_weight, dup_bias, dnorm_weight, dnorm_bias,
-            tokens, d, m, grad.stride(0), rows.stride(0), _share(tokens, parts, _TOKENS), scale, threshold,
+            tokens, d, m, grad.stride(0), rows.stride(0), kept_stride, _share(tokens, parts, _TOKENS), scale,
             NORM=norm, NORM_BIAS=norm_bias is not None, DROPOUT=seed is not None, RESIDUAL_IS_X=residual_is_x,
             DX=wants_dx, DDOWN=wants_down, DUP=wants_up, DUP_BIAS=wants_up_bias, DNORM=wants_norm,
-            DNORM_BIAS=wants_norm_bias, **shared,
+            DNORM_BIAS=wants_norm_bias, TOKENS=_TOKENS, **shared,
             grid=lambda c: (triton.cdiv(d, c.blocks["COLS"]), parts),
-            candidates=_columns_candidates(),
+            candidates=_columns_candidates(card, _padded(m), rows),
             band=(size_band(tokens), d, m, *dtypes, norm, seed is not None, needs),
         )  # fmt: skip
 
@@ -221,16 +228,47 @@ def _parts(tokens: int, d: int, m: int, multiprocessors: int) -> int:
     return max(min(multiprocessors // triton.cdiv(d, _LARGEST_TILE), tokens // (4 * m)), 1)
 
 
-def _forward_candidates(block: int) -> tuple[Configuration, ...]:
-    shapes = ((128, 8, 3), (64, 4, 4), (128, 8, 4))
-    return tuple(Configuration({"ROWS": block, "COLS": c}, num_warps=w, num_stages=s) for c, w, s in shapes)
+Shape = tuple[int, int, int, int]  # ROWS, COLS, num_warps, num_stages
 
 
-def _product_candidates(block: int) -> tuple[Configuration, ...]:
-    shapes = ((64, 8, 4), (128, 8, 3))
-    return tuple(Configuration({"ROWS": block, "COLS": c}, num_warps=w, num_stages=s) for c, w, s in shapes)
+def _candidates(card: Card, stage_bytes: Callable[[int, int], int], *shapes: Shape) -> tuple[Configuration, ...]:
+    """`shapes` with as many stages as the card's shared memory holds, each stage_bytes(ROWS, COLS) large."""
+    room = card.shared_memory - _SCRATCH
+    found = []
+    for rows, cols, warps, stages in shapes:
+        fitting = min(stages, room // stage_bytes(rows, cols))
+        if fitting > 0 or not found:
+            found.append(Configuration({"ROWS": rows, "COLS": cols}, num_warps=warps, num_stages=max(fitting, 1)))
+    return tuple(found)
 
 
-def _columns_candidates() -> tuple[Configuration, ...]:
-    shapes = ((64, 128, 8, 3), (64, 64, 4, 3), (64, 64, 8, 3))
-    return tuple(Configuration({"ROWS": r, "COLS": c}, num_warps=w, num_stages=s) for r, c, w, s in shapes)
+def _forward_candidates(card: Card, block: int, m: int, x: Tensor, weight: Tensor) -> tuple[Configuration, ...]:
+    # A stage: a tile of x and one of Wd, or one of Wu. Warps for 16 rows or more of a tile each, as matrix instructions
+    # want it; wide tiles, since the loop itself costs as much as many an element.
+    def stage(rows: int, cols: int) -> int:
+        return cols * (rows * x.element_size() + m * weight.element_size())
+
+    if x.dtype == torch.float32:
+        return _candidates(card, stage, (16, 64, 4, 2))
+    cols = 128 if m <= 128 and card.large else 64
+    return _candidates(card, stage, (block, cols, 8 if block > 32 else 4, 3), (block, 64, 4, 4))
+
+
+def _product_candidates(card: Card, block: int, m: int, grad: Tensor, weight: Tensor) -> tuple[Configuration, ...]:
+    def stage(rows: int, cols: int) -> int:
+        return cols * (rows * grad.element_size() + m * weight.element_size())
+
+    if grad.dtype == torch.float32:
+        return _candidates(card, stage, (16, 64, 4, 2))
+    return _candidates(card, stage, (block, 64, 8 if block > 64 else 4, 4), (block, 128, 8 if block > 32 else 4, 3))
+
+
+def _columns_candidates(card: Card, m: int, x: Tensor) -> tuple[Configuration, ...]:
+    def stage(rows: int, cols: int) -> int:
+        return rows * (2 * cols + 2 * m) * x.element_size()
+
+    if x.dtype == torch.float32:
+        return _candidates(card, stage, (16, 64, 8, 2))
+    if m > 64 or not card.large:
+        return _candidates(card, stage, (32, 64, 16 if m > 64 else 8, 3))
+    return _candidates(card, stage, (64, 128, 8, 3), (64, 64, 4, 3))

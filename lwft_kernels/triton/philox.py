@@ -89,13 +89,23 @@ def keep_tile(seed, rows, first_col, threshold, ROWS: tl.constexpr, COLS: tl.con
     Returns:
         int1 (ROWS, COLS).
     """
+    return unpacked(packed_keep_tile(seed, rows, first_col, threshold, COLS), ROWS, COLS)
+
+
+@triton.jit
+def packed_keep_tile(seed, rows, first_col, threshold, COLS: tl.constexpr):
+    """`keep_tile` as int8 (ROWS, COLS / 4): a byte per counter, bit w for its word w."""
     counters = first_col // 4 + tl.arange(0, COLS // 4)
     w0, w1, w2, w3 = philox_words(seed, rows[:, None], counters[None, :].to(tl.int64))
     limit = _unsigned(threshold)
-    # The four bits of a counter travel between the threads in one byte. Word w of counter 16 g + l is column
-    # 64 g + 16 w + l.
     bits = (w0 >= limit).to(tl.int8) | (w1 >= limit).to(tl.int8) << 1
-    bits = bits | (w2 >= limit).to(tl.int8) << 2 | (w3 >= limit).to(tl.int8) << 3
+    return bits | (w2 >= limit).to(tl.int8) << 2 | (w3 >= limit).to(tl.int8) << 3
+
+
+@triton.jit
+def unpacked(bits, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """int8 (ROWS, COLS / 4) of `packed_keep_tile` as int1 (ROWS, COLS)."""
+    # Bit w of counter 16 g + l is column 64 g + 16 w + l. Only the bytes travel between the threads.
     word = (1 << tl.arange(0, 4)).to(tl.int8)
     keep = (tl.reshape(bits, (ROWS, COLS // 64, 1, 16)) & word[None, None, :, None]) != 0
     return tl.reshape(keep, (ROWS, COLS))
