@@ -1,16 +1,18 @@
-"""The adapter's backward in Triton: three kernels, and the sums over their programs in triton/reduction.py.
+"""The adapter's backward in Triton: four kernels, each named for what it computes.
 
 With the names of triton_forward.py, h = act(z) and g the gradient of out where dropout kept it, and with the constants
 (scale, 1 / (1 - p)) moved to the small results:
 
-    dz = scale (g Wu) * act'(z)                     bottleneck_product_kernel, bottleneck_gradient_kernel
-    dx = rstd (dz W - mean(dz W) - n mean(n dz W)),
-    D = n^T dz,  dWd^T = D w + b dbd,  dw = sum over m of Wd^T D,  db = dbd Wd,
-    dWu = scale g^T h,  dbu = scale (sum over tokens of g)                                      columns_kernel
+    dz = scale (g Wu) * act'(z)                           bottleneck_product_kernel, bottleneck_gradient_kernel
+    dx = rstd (dz W - mean(dz W) - n mean(n dz W)),       columns_kernel
+    D = n^T dz,  dWu = scale g^T h,  dbu = scale (sum over tokens of g)
+    dWd^T = D w + b dbd,  dbd = sum over tokens of dz,    weights_kernel
+    dw = sum over m of Wd^T D,  db = dbd Wd
 
 The two means are over d, yet dz and z alone give them, since n W^T = z - q: they are dz s / d and dz (z - q) / d. So
-the last kernel may cut d into slices. A program of it reads its slice of grad_out and x once, writes that of dx, keeps W
-in shared memory and the sums over its tokens in registers. grad_out is read from memory twice in all, x once.
+columns_kernel may cut d into slices. A program of it reads its slice of grad_out and x once, writes that of dx, keeps W
+in shared memory and the sums over its tokens in registers. grad_out is read from memory twice in all, x once. Sums over
+tokens are sums of parts, one per program, which the last kernel adds up in a fixed order.
 """
 
 from __future__ import annotations
@@ -70,9 +72,9 @@ def bottleneck_gradient_kernel(
     dz,  # (T, m)
     h,  # (T, m)
     means,  # (2, T) float32: the means of the formula above, times rstd
-    ddown_bias,  # (programs, m) float32: partial sums
+    dz_sums,  # (programs, m) float32: sums over the tokens of a program
     tokens, d, m, scale,
-    ACTIVATION: tl.constexpr, NORM: tl.constexpr, DZ: tl.constexpr, H: tl.constexpr, DDOWN_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr, DZ: tl.constexpr, H: tl.constexpr, DZ_SUMS: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """All that backward takes from a token as a whole."""
@@ -93,8 +95,8 @@ def bottleneck_gradient_kernel(
             part = tl.full((), 0, tl.int64) + turn
             gradient += tl.load(products + part * tokens * m + cells, inside, other=0.0)
         gradient = gradient * slope * scale
-        if DDOWN_BIAS:
-            tl.store(ddown_bias + program * m + bottleneck, tl.sum(gradient, 0), kept)
+        if DZ_SUMS:
+            tl.store(dz_sums + program * m + bottleneck, tl.sum(gradient, 0), kept)
         rounded = gradient.to(dz.dtype.element_ty)
         tl.store(dz + cells, rounded, inside)
         if NORM:
@@ -110,27 +112,20 @@ def bottleneck_gradient_kernel(
 def columns_kernel(
     grad_out,  # (T, d)
     x,  # (T, d)
-    norm_weight,  # (d,): w
-    norm_bias,  # (d,): b
-    down_weight,  # (m, d): Wd
     folded,  # (m, d): W
     mean,  # (T,) float32
     rstd,  # (T,) float32
     means,  # (2, T) float32: of bottleneck_gradient_kernel
     dz,  # (T, m)
     h,  # (T, m)
-    ddown_bias,  # (T / TOKENS, m) float32: of bottleneck_gradient_kernel, which took TOKENS tokens a program
     kept_elements,  # (T, kept_stride) int8: of bottleneck_product_kernel
     dx,  # (T, d)
-    ddown_weight,  # (parts, m, d) float32: partial sums, as all below
-    dup_weight,  # (parts, d, m)
-    dup_bias,  # (parts, d)
-    dnorm_weight,  # (parts, d)
-    dnorm_bias,  # (parts, d)
+    down_sums,  # (parts, d, m) float32: D, of the tokens of a part, as below
+    up_sums,  # (parts, d, m) float32: E
+    up_bias_sums,  # (parts, d) float32
     tokens, d, m, grad_stride, x_stride, kept_stride, length, scale,
-    NORM: tl.constexpr, NORM_BIAS: tl.constexpr, DROPOUT: tl.constexpr, RESIDUAL_IS_X: tl.constexpr,
-    DX: tl.constexpr, DDOWN: tl.constexpr, DUP: tl.constexpr, DUP_BIAS: tl.constexpr, DNORM: tl.constexpr,
-    DNORM_BIAS: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr,
+    NORM: tl.constexpr, DROPOUT: tl.constexpr, RESIDUAL_IS_X: tl.constexpr,
+    DX: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i) takes the j-th COLS columns and the i-th `length` tokens."""
@@ -155,23 +150,23 @@ def columns_kernel(
         inside = rows_inside[:, None] & cols_inside[None, :]
         cells = rows[:, None] * m + bottleneck[None, :]
         cells_inside = rows_inside[:, None] & kept[None, :]
-        if DUP or DUP_BIAS or (DX and RESIDUAL_IS_X):
+        if UP or UP_BIAS or (DX and RESIDUAL_IS_X):
             grad = tl.load(
                 grad_out + rows[:, None] * grad_stride + cols[None, :], inside, other=0.0,
                 eviction_policy="evict_first",
             )  # fmt: skip
-        if DDOWN or DNORM or (DX and NORM):
+        if DOWN or (DX and NORM):
             n = tl.load(x + rows[:, None] * x_stride + cols[None, :], inside, other=0.0, eviction_policy="evict_first")
             if NORM:
                 factor = tl.load(rstd + rows, rows_inside, other=0.0)
                 center = tl.load(mean + rows, rows_inside, other=0.0)
                 deviation = n.to(tl.float32) - center[:, None]
                 n = (deviation * factor[:, None]).to(dtype)
-        if DX or DDOWN or DNORM:
+        if DX or DOWN:
             gradient = tl.load(dz + cells, cells_inside, other=0.0)
-        if DDOWN or DNORM:
+        if DOWN:
             down_sum = tl.dot(tl.trans(n), gradient, down_sum, input_precision="ieee")
-        if DUP or DUP_BIAS:
+        if UP or UP_BIAS:
             g = grad
             if DROPOUT:
                 counters = first_col // 4 + tl.arange(0, COLS // 4)
@@ -180,10 +175,10 @@ def columns_kernel(
                     rows_inside[:, None] & (counters < kept_stride)[None, :], other=0,
                 )  # fmt: skip
                 g = tl.where(unpacked(bits, ROWS, COLS), grad, 0.0)
-            if DUP:
+            if UP:
                 value = tl.load(h + cells, cells_inside, other=0.0)
                 up_sum = tl.dot(tl.trans(g), value, up_sum, input_precision="ieee")
-            if DUP_BIAS:
+            if UP_BIAS:
                 ones = tl.full((ROWS, 16), 1.0, dtype)
                 up_bias_sum = tl.dot(tl.trans(g), ones, up_bias_sum, input_precision="ieee")
         if DX:
@@ -197,28 +192,79 @@ def columns_kernel(
             tl.store(dx + rows[:, None] * d + cols[None, :], result.to(dtype), inside, eviction_policy="evict_first")
 
     part = tl.program_id(1).to(tl.int64)
-    by_up = cols[:, None] * m + bottleneck[None, :]  # in 32 bits: a weight of 2**31 elements is not an adapter's
-    up_inside = cols_inside[:, None] & kept[None, :]
-    if DUP:
-        tl.store(dup_weight + part * m * d + by_up, up_sum * scale, up_inside)
-    if DUP_BIAS:  # 16 times the same
-        tl.store(dup_bias + part * d + cols, tl.sum(up_bias_sum, 1) * (scale / 16), cols_inside)
+    cells = part * d * m + cols[:, None] * m + bottleneck[None, :]
+    cells_inside = cols_inside[:, None] & kept[None, :]
+    if DOWN:
+        tl.store(down_sums + cells, down_sum, cells_inside)
+    if UP:
+        tl.store(up_sums + cells, up_sum * scale, cells_inside)
+    if UP_BIAS:  # 16 times the same
+        tl.store(up_bias_sums + part * d + cols, tl.sum(up_bias_sum, 1) * (scale / 16), cols_inside)
+
+
+@triton.jit
+def weights_kernel(
+    down_sums,  # (parts, d, m) float32
+    up_sums,  # (parts, d, m) float32
+    up_bias_sums,  # (parts, d) float32
+    dz_sums,  # (blocks, m) float32: of bottleneck_gradient_kernel
+    norm_weight,  # (d,): w
+    norm_bias,  # (d,): b
+    down_weight,  # (m, d): Wd
+    ddown_weight,  # (m, d)
+    ddown_bias,  # (m,)
+    dup_weight,  # (d, m)
+    dup_bias,  # (d,)
+    dnorm_weight,  # (d,)
+    dnorm_bias,  # (d,)
+    parts, blocks, d, m,
+    NORM: tl.constexpr, NORM_BIAS: tl.constexpr,
+    DDOWN: tl.constexpr, DDOWN_BIAS: tl.constexpr, DUP: tl.constexpr, DUP_BIAS: tl.constexpr, DNORM: tl.constexpr,
+    DNORM_BIAS: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """The parameters' gradients from the sums over parts of the tokens; program j takes COLS columns."""
+    dtype: tl.constexpr = ddown_weight.dtype.element_ty
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    cols_inside = cols < d
+    bottleneck = tl.arange(0, M)
+    kept = bottleneck < m
+    cells = cols[:, None] * m + bottleneck[None, :]
     by_down = bottleneck[None, :] * d + cols[:, None]
+    inside = cols_inside[:, None] & kept[None, :]
+    down = tl.zeros((COLS, M), tl.float32)
+    up = tl.zeros((COLS, M), tl.float32)
+    up_bias = tl.zeros((COLS,), tl.float32)
+    for turn in range(parts):
+        part = tl.full((), 0, tl.int64) + turn
+        if DDOWN or DNORM:
+            down += tl.load(down_sums + part * d * m + cells, inside, other=0.0)
+        if DUP:
+            up += tl.load(up_sums + part * d * m + cells, inside, other=0.0)
+        if DUP_BIAS:
+            up_bias += tl.load(up_bias_sums + part * d + cols, cols_inside, other=0.0)
+    if DUP:
+        tl.store(dup_weight + cells, up.to(dtype), inside)
+    if DUP_BIAS:
+        tl.store(dup_bias + cols, up_bias.to(dtype), cols_inside)
+    if DDOWN_BIAS or DNORM_BIAS or (DDOWN and NORM_BIAS):
+        sums = tl.zeros((16, M), tl.float32)
+        for first in range(0, blocks, 16):
+            rows = first + tl.arange(0, 16)
+            sums += tl.load(
+                dz_sums + rows[:, None] * m + bottleneck[None, :], (rows < blocks)[:, None] & kept[None, :], other=0.0
+            )
+        dbd = tl.sum(sums, 0)
+    if DDOWN_BIAS:  # the same from every program
+        tl.store(ddown_bias + bottleneck, dbd.to(dtype), kept)
     if DNORM or DNORM_BIAS:
-        plain = tl.load(down_weight + by_down, up_inside, other=0.0).to(tl.float32)
+        weight = tl.load(down_weight + by_down, inside, other=0.0).to(tl.float32)
     if DNORM:
-        tl.store(dnorm_weight + part * d + cols, tl.sum(plain * down_sum, 1), cols_inside)
-    if (DDOWN and NORM_BIAS) or DNORM_BIAS:
-        dbd = tl.zeros((M,), tl.float32)
-        for start in range(begin, end, TOKENS):
-            dbd += tl.load(ddown_bias + (tl.full((), 0, tl.int64) + start) // TOKENS * m + bottleneck, kept, other=0.0)
+        tl.store(dnorm_weight + cols, tl.sum(weight * down, 1).to(dtype), cols_inside)
     if DNORM_BIAS:
-        tl.store(dnorm_bias + part * d + cols, tl.sum(plain * dbd[None, :], 1), cols_inside)
+        tl.store(dnorm_bias + cols, tl.sum(weight * dbd[None, :], 1).to(dtype), cols_inside)
     if DDOWN:
         if NORM:
-            w = tl.load(norm_weight + cols, cols_inside, other=0.0).to(tl.float32)
-            down_sum = down_sum * w[:, None]
-            if NORM_BIAS:
-                b = tl.load(norm_bias + cols, cols_inside, other=0.0).to(tl.float32)
-                down_sum += b[:, None] * dbd[None, :]
-        tl.store(ddown_weight + part * m * d + by_down, down_sum, up_inside)
+            down = down * tl.load(norm_weight + cols, cols_inside, other=0.0).to(tl.float32)[:, None]
+        if NORM_BIAS:
+            down += tl.load(norm_bias + cols, cols_inside, other=0.0).to(tl.float32)[:, None] * dbd[None, :]
+        tl.store(ddown_weight + by_down, down.to(dtype), inside)

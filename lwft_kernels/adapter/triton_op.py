@@ -12,12 +12,12 @@ from lwft_kernels.adapter.triton_backward import (
     bottleneck_gradient_kernel,
     bottleneck_product_kernel,
     columns_kernel,
+    weights_kernel,
 )
 from lwft_kernels.adapter.triton_forward import adapter_forward_kernel, fold_norm_kernel
 from lwft_kernels.triton.cards import Card, card_of
 from lwft_kernels.triton.launch import launch
 from lwft_kernels.triton.philox import seed_or, threshold_and_scale
-from lwft_kernels.triton.reduction import reduced
 from lwft_kernels.triton.rows import as_rows, wanted
 from lwft_kernels.triton.tuning import Configuration, size_band
 
@@ -142,7 +142,9 @@ def adapter_backward(
         return x.new_empty(shape if wants else (0,) * len(shape), dtype=torch.float32)
 
     # what is taken from a token as a whole: dz, h, and the means of LayerNorm's gradient
-    wants_dz = wants_dx or wants_down or wants_down_bias or wants_norm or wants_norm_bias
+    wants_sums = wants_down_bias or wants_norm_bias or (wants_down and norm_bias is not None)
+    wants_product = wants_down or wants_norm
+    wants_dz = wants_dx or wants_product or wants_sums
     weight, projected = down_weight.contiguous(), mean
     if norm_weight is not None and wants_dx:
         weight, projected = _folded(down_weight, down_bias, norm_weight, norm_bias, x.dtype)
@@ -151,8 +153,7 @@ def adapter_backward(
     block, splits = _cut(tokens, d, 128, card.multiprocessors)
     products = partial(wants_dz or seed is not None, splits, tokens, m)
     blocks = triton.cdiv(tokens, _TOKENS)
-    sums_dz = wants_down_bias or wants_norm_bias or (wants_down and norm_bias is not None)
-    ddown_bias = partial(sums_dz, blocks, m)
+    dz_sums = partial(wants_sums, blocks, m)
     kept_stride = triton.cdiv(d, 64) * 16
     kept_elements = x.new_empty((0 if seed is None else tokens, kept_stride), dtype=torch.int8)
     if tokens > 0 and (wants_dz or seed is not None):
@@ -168,41 +169,46 @@ def adapter_backward(
     if tokens > 0 and (wants_dz or wants_up):
         launch(
             bottleneck_gradient_kernel,
-            products, z, rstd, projected, dz, h, means, ddown_bias,
+            products, z, rstd, projected, dz, h, means, dz_sums,
             tokens, d, m, scale,
-            ACTIVATION=activation, NORM=norm and wants_dx, DZ=wants_dz, H=wants_up, DDOWN_BIAS=sums_dz,
+            ACTIVATION=activation, NORM=norm and wants_dx, DZ=wants_dz, H=wants_up, DZ_SUMS=wants_sums,
             SPLITS=splits, M=_padded(m),
             grid=lambda _: (blocks,),
             candidates=(Configuration({"ROWS": _TOKENS}, num_warps=16 if m > 128 else 8),),
         )  # fmt: skip
 
-    # what is taken from a column as a whole
+    # what is taken from a column as a whole: dx, and sums over parts of the tokens
     parts = _parts(tokens, d, m, card.multiprocessors)
-    ddown_weight, dup_weight = partial(wants_down, parts, m * d), partial(wants_up, parts, d * m)
-    dup_bias, dnorm_weight, dnorm_bias = (
-        partial(wants, parts, d) for wants in (wants_up_bias, wants_norm, wants_norm_bias)
-    )
-    if tokens > 0 and needs & ~0b100:
+    down_sums, up_sums = partial(wants_product, parts, d, m), partial(wants_up, parts, d, m)
+    up_bias_sums = partial(wants_up_bias, parts, d)
+    if tokens > 0 and (wants_dx or wants_product or wants_up or wants_up_bias):
         launch(
             columns_kernel,
-            grad, rows, _or(norm_weight, x), _or(norm_bias, x), down_weight.contiguous(), weight,
-            mean, rstd, means, dz, h, ddown_bias, kept_elements,
-            dx, ddown_weight, dup_weight, dup_bias, dnorm_weight, dnorm_bias,
+            grad, rows, weight, mean, rstd, means, dz, h, kept_elements,
+            dx, down_sums, up_sums, up_bias_sums,
             tokens, d, m, grad.stride(0), rows.stride(0), kept_stride, _share(tokens, parts, _TOKENS), scale,
-            NORM=norm, NORM_BIAS=norm_bias is not None, DROPOUT=seed is not None, RESIDUAL_IS_X=residual_is_x,
-            DX=wants_dx, DDOWN=wants_down, DUP=wants_up, DUP_BIAS=wants_up_bias, DNORM=wants_norm,
-            DNORM_BIAS=wants_norm_bias, TOKENS=_TOKENS, **shared,
+            NORM=norm, DROPOUT=seed is not None, RESIDUAL_IS_X=residual_is_x,
+            DX=wants_dx, DOWN=wants_product, UP=wants_up, UP_BIAS=wants_up_bias, **shared,
             grid=lambda c: (triton.cdiv(d, c.blocks["COLS"]), parts),
             candidates=_columns_candidates(card, _padded(m), rows),
             band=(size_band(tokens), d, m, *dtypes, norm, seed is not None, needs),
         )  # fmt: skip
 
     shapes = ((m, d), (m,), (d, m), (d,), (d,), (d,))
-    sums = (ddown_weight, ddown_bias, dup_weight, dup_bias, dnorm_weight, dnorm_bias)
-    return dx, *(  # type: ignore[return-value]
-        reduced(total, shape, down_weight.dtype) if needs >> bit & 1 else down_weight.new_empty(0)
-        for bit, (total, shape) in enumerate(zip(sums, shapes, strict=True), 1)
-    )
+    gradients = tuple(wanted(needs, bit, down_weight, shape) for bit, shape in enumerate(shapes, 1))
+    if needs & ~1:
+        launch(
+            weights_kernel,
+            down_sums, up_sums, up_bias_sums, dz_sums, _or(norm_weight, x), _or(norm_bias, x),
+            down_weight.contiguous(), *gradients,
+            parts, blocks, d, m,
+            NORM=norm, NORM_BIAS=norm_bias is not None,
+            DDOWN=wants_down, DDOWN_BIAS=wants_down_bias, DUP=wants_up, DUP_BIAS=wants_up_bias, DNORM=wants_norm,
+            DNORM_BIAS=wants_norm_bias, M=_padded(m),
+            grid=lambda c: (triton.cdiv(d, c.blocks["COLS"]),),
+            candidates=(Configuration({"COLS": 16}, num_warps=4),),
+        )  # fmt: skip
+    return dx, *gradients  # type: ignore[return-value]
 
 
 def _share(size: int, parts: int, multiple: int) -> int:
@@ -250,8 +256,10 @@ def _forward_candidates(card: Card, block: int, m: int, x: Tensor, weight: Tenso
 
     if x.dtype == torch.float32:
         return _candidates(card, stage, (16, 64, 4, 2))
-    cols = 128 if m <= 128 and card.large else 64
-    return _candidates(card, stage, (block, cols, 8 if block > 32 else 4, 3), (block, 64, 4, 4))
+    narrow = (block, 64, 4, 4)
+    if m > 128 or block <= 32 or not card.large:
+        return _candidates(card, stage, narrow)
+    return _candidates(card, stage, (block, 128, 8, 3), narrow)
 
 
 def _product_candidates(card: Card, block: int, m: int, grad: Tensor, weight: Tensor) -> tuple[Configuration, ...]:
@@ -260,7 +268,7 @@ def _product_candidates(card: Card, block: int, m: int, grad: Tensor, weight: Te
 
     if grad.dtype == torch.float32:
         return _candidates(card, stage, (16, 64, 4, 2))
-    return _candidates(card, stage, (block, 64, 8 if block > 64 else 4, 4), (block, 128, 8 if block > 32 else 4, 3))
+    return _candidates(card, stage, (block, 64, 8 if block > 64 else 4, 4))
 
 
 def _columns_candidates(card: Card, m: int, x: Tensor) -> tuple[Configuration, ...]:
@@ -268,7 +276,10 @@ def _columns_candidates(card: Card, m: int, x: Tensor) -> tuple[Configuration, .
         return rows * (2 * cols + 2 * m) * x.element_size()
 
     if x.dtype == torch.float32:
-        return _candidates(card, stage, (16, 64, 8, 2))
-    if m > 64 or not card.large:
-        return _candidates(card, stage, (32, 64, 16 if m > 64 else 8, 3))
+        return _candidates(card, stage, (16, 64, 8 if card.maker == "cuda" else 4, 2))
+    if not card.large or card.architecture < 90:
+        # matrix instructions take W from registers here, and a larger tile would spill
+        return _candidates(card, stage, (32, 64, 8 if card.maker == "cuda" else 4, 3))
+    if m > 64:
+        return _candidates(card, stage, (64, 64, 8, 3))
     return _candidates(card, stage, (64, 128, 8, 3), (64, 64, 4, 3))
