@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lwft_kernels.adapter.triton_activation import activate
+from lwft_kernels.adapter.triton_kernels import activate
 from lwft_kernels.triton.philox import packed_keep_tile, unpacked
 
 
@@ -57,7 +57,7 @@ def bottleneck_product_kernel(
             counters = start // 4 + tl.arange(0, COLS // 4)
             bytes_inside = rows_inside[:, None] & (counters < kept_stride)[None, :]
             tl.store(kept_elements + rows[:, None] * kept_stride + counters[None, :], bits, bytes_inside)
-            g = tl.where(unpacked(bits, ROWS, COLS), g, 0.0)
+            g = tl.where(unpacked(bits, ROWS, COLS), g.to(tl.float32), 0.0).to(g.dtype)
         product = tl.dot(g, weight, product, input_precision="ieee")
     cells = (split.to(tl.int64) * tokens + rows[:, None]) * m + bottleneck[None, :]
     tl.store(products + cells, product, rows_inside[:, None] & kept[None, :])
@@ -174,12 +174,12 @@ def columns_kernel(
                     kept_elements + rows[:, None] * kept_stride + counters[None, :],
                     rows_inside[:, None] & (counters < kept_stride)[None, :], other=0,
                 )  # fmt: skip
-                g = tl.where(unpacked(bits, ROWS, COLS), grad, 0.0)
+                g = tl.where(unpacked(bits, ROWS, COLS), grad.to(tl.float32), 0.0).to(dtype)
             if UP:
                 value = tl.load(h + cells, cells_inside, other=0.0)
                 up_sum = tl.dot(tl.trans(g), value, up_sum, input_precision="ieee")
             if UP_BIAS:
-                ones = tl.full((ROWS, 16), 1.0, dtype)
+                ones = tl.full((ROWS, 16), 1.0, tl.float32).to(dtype)
                 up_bias_sum = tl.dot(tl.trans(g), ones, up_bias_sum, input_precision="ieee")
         if DX:
             result = tl.dot(gradient, weight, input_precision="ieee")

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lwft_kernels.adapter.triton_activation import activate
+from lwft_kernels.adapter.triton_kernels import activate
 from lwft_kernels.triton.philox import keep_tile
 
 

@@ -29,7 +29,7 @@ _FOLD = (Configuration({"COLS": 1024}, num_warps=4),)
 
 def _padded(m: int) -> int:
     """The bottleneck as the matrix instructions take it."""
-    return max(16, triton.next_power_of_2(m))
+    return max(16, int(triton.next_power_of_2(m)))
 
 
 def _or(parameter: Tensor | None, other: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def adapter_backward(
 
 def _share(size: int, parts: int, multiple: int) -> int:
     """The part of `size` that each of `parts` takes, a multiple of `multiple`."""
-    return triton.cdiv(triton.cdiv(size, parts), multiple) * multiple
+    return -(-size // (parts * multiple)) * multiple
 
 
 def _cut(tokens: int, d: int, largest: int, multiprocessors: int) -> tuple[int, int]:
@@ -231,7 +231,7 @@ def _parts(tokens: int, d: int, m: int, multiprocessors: int) -> int:
     """Into how many parts the tokens are cut, so that the card is full and the partial sums are smaller than x."""
     if tokens == 0:
         return 0
-    return max(min(multiprocessors // triton.cdiv(d, _LARGEST_TILE), tokens // (4 * m)), 1)
+    return max(min(multiprocessors // -(-d // _LARGEST_TILE), tokens // (4 * m)), 1)
 
 
 Shape = tuple[int, int, int, int]  # ROWS, COLS, num_warps, num_stages
@@ -240,7 +240,7 @@ Shape = tuple[int, int, int, int]  # ROWS, COLS, num_warps, num_stages
 def _candidates(card: Card, stage_bytes: Callable[[int, int], int], *shapes: Shape) -> tuple[Configuration, ...]:
     """`shapes` with as many stages as the card's shared memory holds, each stage_bytes(ROWS, COLS) large."""
     room = card.shared_memory - _SCRATCH
-    found = []
+    found: list[Configuration] = []
     for rows, cols, warps, stages in shapes:
         fitting = min(stages, room // stage_bytes(rows, cols))
         if fitting > 0 or not found:

@@ -1,4 +1,4 @@
-"""The activations of the adapter in Triton, as torch.nn.functional defines them."""
+"""What both directions of the adapter in Triton share: the activations, as torch.nn.functional defines them."""
 
 from __future__ import annotations
 
