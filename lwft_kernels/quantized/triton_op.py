@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,9 @@ FUSED_TOKENS = 64
 _MEASURED_TOKENS = 512
 _FEW_TOKENS = 16  # a tile of them: nothing is dequantised twice, there is nothing to choose
 
-# Two programs of four tiles that are on their way each: the 16 KiB or so that a multiprocessor must have asked for, at
-# 3 TB/s and 700 ns, to keep the memory of a data-centre card busy.
-_PROGRAMS_PER_MULTIPROCESSOR = 2
+# A thread dequantises some 64 weights a turn, in seven or more instructions each: four warps for each of the four
+# schedulers keep those busy, and with three tiles of 4 KiB per program on their way the memory too.
+_WARPS_PER_MULTIPROCESSOR = 16
 _MOST_SPLITS = 16
 
 
@@ -60,7 +60,7 @@ class _Weight(NamedTuple):
         """Bytes from one row to the next."""
         return self.d_in // (1 if self.table is None else 2)
 
-    def constants(self) -> dict[str, object]:
+    def constants(self) -> dict[str, Any]:
         return {
             "FOUR_BITS": self.table is not None,
             "BLOCK": max(self.blocksize, 1),
@@ -152,7 +152,7 @@ def _chosen(
 def _forward(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
     """x (T, d_in): a program for some rows of W, which are summed over d_in."""
     tokens = x.shape[0]
-    candidates = _candidates(weight, x)
+    candidates = _forward_candidates(weight, x)
     cut = _cut(candidates, "ROWS", weight.d_out, "COLS", weight.d_in, weight, x)
     out = x.new_empty((cut.splits, tokens, weight.d_out), dtype=torch.float32 if cut.splits > 1 else x.dtype)
     if out.numel() > 0:
@@ -169,7 +169,7 @@ def _forward(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
 def _backward(grad: Tensor, weight: _Weight) -> Tensor:
     """grad (T, d_out): a program for some columns of W, which are summed over d_out."""
     tokens = grad.shape[0]
-    candidates = _candidates(weight, grad)
+    candidates = _backward_candidates(weight, grad)
     cut = _cut(candidates, "COLS", weight.d_in, "ROWS", weight.d_out, weight, grad)
     dx = grad.new_empty((cut.splits, tokens, weight.d_in), dtype=torch.float32 if cut.splits > 1 else grad.dtype)
     if dx.numel() > 0:
@@ -219,16 +219,16 @@ def _cut(
     are counted in bytes. The order of the sums depends on sizes and card alone.
     """
     first = candidates[0].blocks
-    tiles = triton.cdiv(outputs, first[tile])
+    tiles = -(-outputs // first[tile])
     programs = tiles * triton.cdiv(rows.shape[0], first["TOKENS"])
-    slots = _PROGRAMS_PER_MULTIPROCESSOR * card_of(rows.device).multiprocessors
+    slots = card_of(rows.device).multiprocessors * _WARPS_PER_MULTIPROCESSOR // candidates[0].num_warps
     length = max(c.blocks[step] for c in candidates)
     steps = triton.cdiv(summed, length)
 
     def cost(splits: int) -> float:
-        turns = triton.cdiv(programs * splits, slots)
+        turns = -(-programs * splits // slots)
         partials = 0 if splits == 1 else 2 * splits * 4 * rows.shape[0] * outputs
-        return turns * slots * weight.codes.nbytes / (tiles * splits) + partials
+        return float(turns * slots * weight.codes.nbytes / (tiles * splits) + partials)
 
     splits = min(range(1, min(_MOST_SPLITS, max(steps, 1)) + 1), key=cost)
     length *= triton.cdiv(steps, splits)
@@ -245,19 +245,42 @@ def _summed(partials: Tensor, dtype: torch.dtype) -> Tensor:
     return partials[0] if splits == 1 else reduced(partials.view(splits, -1), (tokens, outputs), dtype)
 
 
-def _candidates(weight: _Weight, rows: Tensor) -> tuple[Configuration, ...]:
-    tokens = min(max(triton.next_power_of_2(rows.shape[0]), 16), 64)
-    large = card_of(rows.device).large
+def _forward_candidates(weight: _Weight, x: Tensor) -> tuple[Configuration, ...]:
+    tokens = _token_tile(x)
+    stages = _stages(x)
+    if x.dtype == torch.float32:
+        return (_configuration(weight, 64, 64, tokens, 8, 2),)
+    if weight.share(128) < 16:  # an absmax for every few weights takes more registers
+        return (_configuration(weight, 64, 128 if tokens < 64 else 64, tokens, 8, stages),)
+    first = _configuration(weight, 64, 128 if tokens < 64 else 64, tokens, 4, stages)
+    if tokens == 16 or not card_of(x.device).large:
+        return (first,)
+    # of more tokens x weighs more, and is read for every so many rows of W
+    return first, _configuration(weight, 128, 64, tokens, 4 if tokens < 64 else 8, stages)
 
-    def configuration(rows: int, cols: int, warps: int, stages: int) -> Configuration:
-        blocks = {"ROWS": rows, "COLS": cols, "TOKENS": tokens, "SHARE": weight.share(cols)}
-        return Configuration(blocks, num_warps=warps, num_stages=stages)
 
-    if rows.dtype == torch.float32:
-        return (configuration(64, 64, 8, 2),)
-    # an absmax for every few weights takes more registers
-    few = tokens < 64 and weight.share(128) >= 16
-    return (configuration(64, 128, 4 if few else 8, 4 if large else 3),)
+def _backward_candidates(weight: _Weight, grad: Tensor) -> tuple[Configuration, ...]:
+    tokens = _token_tile(grad)
+    if grad.dtype == torch.float32:
+        return (_configuration(weight, 64, 64, tokens, 8, 2),)
+    # int8 tiles, transposed, are loaded ahead in registers: two turns are as many as fit
+    stages = 2 if weight.table is None else _stages(grad)
+    return (_configuration(weight, 64, 128, tokens, 4 if tokens < 64 and weight.share(128) >= 16 else 8, stages),)
+
+
+def _token_tile(rows: Tensor) -> int:
+    tokens = rows.shape[0]
+    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+
+
+def _stages(rows: Tensor) -> int:
+    card = card_of(rows.device)
+    return 4 if card.large else 3 if card.maker == "cuda" else 2
+
+
+def _configuration(weight: _Weight, rows: int, cols: int, tokens: int, warps: int, stages: int) -> Configuration:
+    blocks = {"ROWS": rows, "COLS": cols, "TOKENS": tokens, "SHARE": weight.share(cols)}
+    return Configuration(blocks, num_warps=warps, num_stages=stages)
 
 
 def _band(weight: _Weight, rows: Tensor) -> tuple[object, ...]:

@@ -15,13 +15,14 @@ _NAME = "QuantizedWeight"
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A frozen weight (d_out, d_in) in one of bitsandbytes' formats. Nothing is copied: it holds the tensors themselves.
+    """A frozen weight (d_out, d_in) in a format of bitsandbytes. Nothing is copied: it holds the tensors themselves.
 
-    4 bits (NF4, FP4; QLoRA, Dettmers et al. 2023, sections 2 and 3), with a `table`: the weights of W, row after row, in
-    blocks of `blocksize`, W = table[code] * absmax of the block. Where the absmax are quantised themselves ("double
-    quantisation"), absmax of block i = absmax_table[absmax_codes[i]] * absmax[i // absmax_blocksize] + absmax_offset.
+    Of 4 bits (NF4 or FP4; QLoRA, Dettmers et al. 2023, sections 2 and 3), with a `table`: W lies row after row, in
+    blocks of `blocksize` weights, W = table[code] * absmax of the block. Where the absmax are quantised themselves
+    ("double quantisation"), that of block i is absmax_table[absmax_codes[i]] * absmax[i // absmax_blocksize] +
+    absmax_offset.
 
-    8 bits (LLM.int8(), Dettmers et al. 2022, section 2), without one: W = codes * absmax[row] / 127.
+    Of 8 bits (LLM.int8(), Dettmers et al. 2022, section 2), without one: W = codes * absmax of the row / 127.
 
     Attributes:
         codes: uint8 of any shape, two weights a byte, the first in the high bits; or int8 (d_out, d_in).

@@ -69,7 +69,7 @@ def test_either_method_at_any_number_of_tokens(triton_device, monkeypatch, token
 
     def choose(name, card, band, candidates, run):
         asked.append(name)
-        return method
+        return method if method in candidates else candidates[-1]
 
     monkeypatch.setattr(triton_op.tuning, "choose", choose)
     check_op(ours, reference, make(triton_device, "nested", tokens, 24, 64), torch.bfloat16)
@@ -92,7 +92,7 @@ def test_how_sums_are_split():
     def cut(d_out, d_in, tokens=1):
         weight = make_weight_of_shape(d_out, d_in)
         x = torch.empty(tokens, d_in, dtype=torch.bfloat16, device="meta")
-        return triton_op._cut(triton_op._candidates(weight, x), "ROWS", d_out, "COLS", d_in, weight, x)
+        return triton_op._cut(triton_op._forward_candidates(weight, x), "ROWS", d_out, "COLS", d_in, weight, x)
 
     cards.assume(cards.CLASSES[2])
     try:
