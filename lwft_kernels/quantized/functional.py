@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lwft_kernels import backend, checks
@@ -9,6 +10,16 @@ from lwft_kernels.quantized import autograd, reference
 from lwft_kernels.quantized.weight import QuantizedWeight
 
 _OP = "quantized_linear"
+
+
+def few_tokens(dtype: torch.dtype) -> int:
+    """Up to so many tokens in `dtype`, W is dequantised in the product on a GPU; of more it is written out first.
+
+    Each tile of 64 tokens dequantises W once more, where writing it out costs, once, 5 (4 bits) or 3 times (8 bits) the
+    bytes of its codes. In float32 the product in the kernel has no matrix instructions. Where the two cross has not
+    been measured; LWFT_AUTOTUNE=full does so.
+    """
+    return 16 if dtype == torch.float32 else 64
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from lwft_kernels.quantized.functional import few_tokens
 from lwft_kernels.quantized.triton_kernels import (
     dequantize_kernel,
     quantized_linear_backward_kernel,
@@ -23,12 +24,8 @@ from lwft_kernels.triton.reduction import reduced
 from lwft_kernels.triton.rows import as_rows
 from lwft_kernels.triton.tuning import Configuration, size_band
 
-# Up to so many tokens the weight is dequantised in the product. Every 64 of them dequantise it once more, while writing
-# it out costs 5 (NF4) or 3 (int8) times the bytes of its codes once. Where the two cross has not been measured here:
-# LWFT_AUTOTUNE=full does it, up to the second number.
-FUSED_TOKENS = 64
-_MEASURED_TOKENS = 512
-_FEW_TOKENS = 16  # a tile of them: nothing is dequantised twice, there is nothing to choose
+_ONE_TILE = 16  # of tokens: nothing is dequantised twice, there is nothing to choose
+_MEASURED_TOKENS = 512  # up to these LWFT_AUTOTUNE=full tries both ways
 
 # A thread dequantises some 64 weights a turn, in seven or more instructions each: four warps for each of the four
 # schedulers keep those busy, and with three tiles of 4 KiB per program on their way the memory too.
@@ -136,12 +133,12 @@ def _chosen(
 ) -> Tensor:
     """By one kernel, or by the dequantised weight and PyTorch's product: which one, is a question of the tokens."""
     tokens = rows.shape[0]
-    if tokens <= _FEW_TOKENS:
+    if tokens <= _ONE_TILE:
         return fused()
     if tokens > _MEASURED_TOKENS:
         return dequantizing()
     runs = {"fused": fused, "dequantizing": dequantizing}
-    order = ("fused", "dequantizing") if tokens <= FUSED_TOKENS else ("dequantizing", "fused")
+    order = ("fused", "dequantizing") if tokens <= few_tokens(rows.dtype) else ("dequantizing", "fused")
     band = (size_band(tokens), weight.d_out, weight.d_in, rows.dtype, weight.format())
     return runs[tuning.choose(name, card_of(rows.device), band, order, lambda method: runs[method]())]()
 

@@ -96,7 +96,7 @@ def test_how_sums_are_split():
 
     cards.assume(cards.CLASSES[2])
     try:
-        narrow, wide = cut(1024, 8192), cut(132 * 2 * 64, 8192)
+        narrow, wide = cut(1024, 8192), cut(132 * 4 * 64, 8192)
         assert 1024 // 64 * narrow.splits >= 132 and wide.splits == 1
         for d_in in (1, 100, 8192, 8190):
             found = cut(64, d_in)
