@@ -5,6 +5,7 @@ Under Triton's interpreter, which reads and writes through plain pointers. A ker
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from guarded import guarded
+from quantized_weights import FORMATS, make_weight
 from torch import Tensor
 
 from lwft_kernels import functional as LF
@@ -73,6 +75,16 @@ def test_low_rank_products(walls, monkeypatch, depth, adapter, stacked):
     if not stacked:
         bias = guarded(bias.to(adapter)).requires_grad_()
         LF.low_rank_linear(x, a, b, bias).sum().backward()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_quantized_linear(walls, kind, tokens):
+    weight = make_weight(kind, 67, 70)
+    held = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
+    weight = type(weight)(**{n: guarded(v) if isinstance(v, Tensor) else v for n, v in held.items()})
+    x, bias = tensors((tokens, 70), (67,))
+    LF.quantized_linear(x, weight, bias).sum().backward()
 
 
 @pytest.mark.parametrize("too_far", [0, 1])
