@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import curves as scaling
+from . import kernels as triton_kernels
 from . import machine, report, results, session
 from . import plot as plotting
 from . import run as running
@@ -181,6 +182,37 @@ def curves(threads: tuple[int, ...], **words: Any) -> None:
     """
     counts = threads or running.thread_counts(torch.get_num_threads())
     _measured(running.curve_plans, "quick", scaling.print_tables, threads=counts, **words)
+
+
+@main.command()
+@click.argument("rooms", nargs=-1, type=click.Choice(triton_kernels.ROOMS))
+@_words_option("--card", "cards", triton_kernels.card_names(), "Default: all.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that compile.")
+@click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Triton's. Default: a new one.")
+@click.option("--json", "json_path", type=_PATH, help="Also write JSON.")
+def kernels(
+    rooms: tuple[str, ...], cards: tuple[str, ...], jobs: int, cache: Path | None, json_path: Path | None
+) -> None:
+    """Compile the Triton kernels of ROOMS (default: all) for cards that need not be here; show what came out.
+
+    Registers and shared memory of every kernel and configuration, how many programs a multiprocessor holds, and the
+    matrix instructions. Spills, too much shared memory and a matrix instruction that is missing are faults: the exit
+    status is 1.
+    """
+    console = Console(width=None if sys.stdout.isatty() else LEAST_WIDTH)
+    records = []
+    with console.status("compiling") as status:
+        for record in triton_kernels.compiled(rooms or triton_kernels.ROOMS, cards, jobs, cache):
+            records.append(record)
+            status.update(f"{len(records)}: {record['room']}, {record['kernel']}, {record['card']}")
+    triton_kernels.print_tables(records, console)
+    faults = sum(len(record["faults"]) for record in records)
+    console.print(f"{len(records)} kernels compiled, {faults} faults", style="bold", highlight=False)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(records, indent=1) + "\n")
+    if faults:
+        raise SystemExit(1)
 
 
 @main.command()
