@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lwft_kernels
 
-from .case import Arguments, Case, Family, Run, leaves
+from .case import Arguments, Case, Family, Run, leaves, normal
 
 # Ours, for the output and every gradient: err <= 2 err(plain PyTorch in the same dtype) + 1e-6, the rule of the tests.
 RATIO, FLOOR = 2.0, 1e-6
@@ -56,7 +56,7 @@ def _evaluate(run: Callable[[], Tensor], arguments: Arguments, backward: bool, d
         with torch.no_grad():
             return {"out": run()}
     out = run()
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(out.dtype)
+    direction = normal(torch.Generator(out.device).manual_seed(1), dtype, *out.shape).to(out.dtype)
     wanted = leaves(arguments)
     gradients = torch.autograd.grad(out, list(wanted.values()), direction)
     return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
