@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
+from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
 from lwft_kernels.triton import cards
 from lwft_kernels.triton.cards import Card
@@ -30,16 +31,6 @@ from lwft_kernels.triton.launch import Launch, record
 ROOMS = ("attention", "adapter", "lowrank", "norm")
 MATRIX_INSTRUCTIONS = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)\b")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_POINTERS = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.bool: "i1",
-}
 
 
 @dataclass(frozen=True)
@@ -95,7 +86,7 @@ def compile_all(rooms: Sequence[str] = ROOMS, classes: Sequence[Card] = cards.CL
             finally:
                 cards.assume(None)
             for launch in launches:
-                signature, constants, attributes = specialised(launch)
+                signature, constants, attributes = specialised(launch, _target(card))
                 key = (
                     card.name,
                     launch.kernel.__name__,
@@ -112,48 +103,38 @@ def compile_all(rooms: Sequence[str] = ROOMS, classes: Sequence[Card] = cards.CL
                     )
 
 
-def specialised(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[tuple[int, ...], Any]]:
-    """Signature, constants and attributes as Triton's launcher would derive them from the arguments."""
+def specialised(launch: Launch, target: GPUTarget) -> tuple[dict[str, str], dict[Any, Any], dict[tuple[int, ...], Any]]:
+    """Signature, constants and attributes, derived from the arguments by Triton's launcher itself."""
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    kernel = launch.kernel
-    positional = dict(zip(kernel.arg_names, launch.args, strict=False))
-    for index, parameter in enumerate(kernel.params):
+    backend = make_backend(target)
+    positional = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    for index, parameter in enumerate(launch.kernel.params):
         name = parameter.name
         value = launch.constants[name] if name in launch.constants else positional[name]
-        if parameter.is_constexpr or value is None or _is_constant(parameter, value):
-            signature[name] = "constexpr"
+        if parameter.is_constexpr:
+            kind, hint = "constexpr", None
+        else:
+            plain = parameter.do_not_specialize
+            kind, hint = native_specialize_impl(type(backend), value, False, not plain, not plain)
+        signature[name] = kind
+        if kind == "constexpr":
             constants[name] = value
-            continue
-        signature[name] = _type_of(value)
-        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if aligned and not isinstance(value, bool) and not parameter.do_not_specialize:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif hint:
+            attributes[(index,)] = backend.parse_attr(hint)
     return signature, constants, attributes
 
 
-def _is_constant(parameter: Any, value: object) -> bool:
-    """Whether Triton's launcher makes a constant of `value`, as it does of an int that is 1."""
-    return type(value) is int and value == 1 and not parameter.do_not_specialize
-
-
-def _type_of(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return "*" + _POINTERS[value.dtype]
-    if isinstance(value, bool):
-        return "i1"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    if isinstance(value, float):
-        return "fp32"
-    raise TypeError(f"a kernel takes no {type(value).__name__}")
+def _target(card: Card) -> GPUTarget:
+    if card.maker == "hip":
+        return GPUTarget("hip", f"gfx{card.architecture}", 64)
+    return GPUTarget("cuda", card.architecture, 32)
 
 
 def _compiled(room: str, call: Call, launch: Launch, card: Card, source: ASTSource) -> Compiled:
     configuration, name = launch.configuration, launch.kernel.__name__
-    warp = 32 if card.maker == "cuda" else 64
-    target = GPUTarget(card.maker, card.architecture if card.maker == "cuda" else f"gfx{card.architecture}", warp)
+    target = _target(card)
     options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
     try:
         binary = triton.compile(source, target=target, options=options)
@@ -180,7 +161,7 @@ def _compiled(room: str, call: Call, launch: Launch, card: Card, source: ASTSour
         shared,
         stack,
         spills,
-        _programs(card, registers, shared, configuration.num_warps, warp),
+        _programs(card, registers, shared, configuration.num_warps, target.warp_size),
         instructions,
         tuple(faults),
     )
