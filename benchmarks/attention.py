@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from lwft_kernels import functional as LF
 from lwft_kernels.attention import reference
@@ -247,6 +246,8 @@ def _sdpa(case: Case, a: Arguments) -> Run:
     is_causal = only_causal and s["S"] == s["L"] and "prefix_k" not in a
     mask: Tensor | None
     if only_causal and not is_causal and a["q"].is_cuda:
+        from torch.nn.attention.bias import causal_lower_right  # which imports the compiler
+
         # the kernels know that alignment too, under another name; a prefix is so many keys more
         mask = causal_lower_right(s["S"], s["L"] + s.get("prefix", 0))
     else:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from .case import Arguments, Case, NotOffered, Run, compiled
 
@@ -16,6 +15,8 @@ def bind(case: Case, a: Arguments) -> Run:
     """Compiled on a GPU; on the CPU, where its compiled form has no backward either, as it is."""
     if a.get("dropout_p"):
         raise NotOffered("FlexAttention has no dropout")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # which imports the compiler
+
     s = case.sizes
     batch, prefix = s["B"], s.get("prefix", 0)
     allowed = _mask_mod(case, a)

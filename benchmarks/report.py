@@ -120,18 +120,23 @@ def markdown(rows: list[Row]) -> str:
 
 def notes(rows: list[Row]) -> list[str]:
     """What the cells cannot say, each once: why a provider is missing, wrong or fell to a slower path."""
+    refused: dict[tuple[str, str], dict[str, None]] = {}
     found: list[str] = []
     for row in rows:
         where = f"{row.case}, {row.dtype}, {row.mode}"
         for name, result in row.results.items():
             if result.status == NOT_OFFERED:
-                found.append(f"{name}, {row.case}: {result.note}")
+                refused.setdefault((name, result.note), {})[row.case] = None
             elif result.status in (WRONG, FAILED):
                 found.append(f"{name} {result.status}, {where}: {result.note}")
         times = row.times_beside()
         if times is not None:
             found.append(f"{where}, {row.threads} thr: ours takes {times:.2f} times as long as {row.beside}")
         found += [f"* ours declined, {where}, and plain PyTorch answered: {reason}" for reason in row.declined]
+    cases = {row.case for row in rows}
+    for (name, reason), without in refused.items():
+        where = "all cases" if len(without) == len(cases) > 1 else "; ".join(without)
+        found.append(f"{name}: {reason} ({where})")
     return list(dict.fromkeys(found))
 
 

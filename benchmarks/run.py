@@ -32,6 +32,7 @@ FAMILIES = {
 CPU = torch.device("cpu")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MODES = ("fwd", "fwdbwd")
+COMPILED = {"compile", "flex"}  # providers that torch.compile makes
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def rows(
     for (family, case, name), group in itertools.groupby(planned, lambda p: (p.family, p.case, p.dtype)):
         members = list(group)
         dtype = getattr(torch, name)
-        # or the shapes of one case would make the compiled code of the next one dynamic
-        torch.compiler.reset()
+        if COMPILED & {*providers}:  # or the shapes of one case would make the code of the next one dynamic
+            torch.compiler.reset()
         arguments = family.arguments(case, dtype, torch.Generator(device).manual_seed(seed))
         checker = Checker(family, case, arguments, dtype, any(plan.mode == "fwdbwd" for plan in members))
         for plan in members:
