@@ -10,6 +10,7 @@ imported at the first call. Where there is no library, the ops are defined here 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -75,7 +76,13 @@ def register_triton(name: str, module: str) -> None:
 
     def on_gpu(*args: Any) -> Any:
         if backend.cuda_unproven() and backend.has_cuda_kernel(name):
-            return getattr(torch.ops.lwft_cuda, name)(*args)
+            try:
+                return getattr(torch.ops.lwft_cuda, name)(*args)
+            except RuntimeError as error:
+                reason = re.search(r"the CUDA kernel declines: (.*)", str(error))
+                if reason is None:
+                    raise
+                backend.record_decline(f"{name} in CUDA C++", reason[1])
         return run(*args)
 
     _triton_kernels[name] = run

@@ -10,7 +10,7 @@
 //
 // Not yet run on a GPU: its numbers are tested in the emulation of common/cuda, its registers and instructions by nvcc.
 #include "adapter/adapter.h"
-#include "common/cuda/portable.cuh"
+#include "common/cuda/row.cuh"
 
 namespace lwft::cuda {
 namespace {
@@ -28,11 +28,6 @@ constexpr int kStageElements = (kRows + M) * (kChunk + kPad) > kChunk*(M + kPad)
                                                                                  : kChunk * (M + kPad);
 template <int M>
 constexpr size_t kSharedBytes = 2 * kRows * sizeof(float) + kStages * kStageElements<M> * sizeof(uint16_t);
-
-template <class T>
-struct alignas(16) Vector8 {
-  T element[8];
-};
 
 template <class T>
 LWFT_DEVICE const Vector8<T>& vector_at(const T* from) {
@@ -56,12 +51,6 @@ LWFT_DEVICE float activate(Activation activation, float x) {
 template <class T>
 LWFT_DEVICE uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
-}
-
-LWFT_DEVICE float warp_sum(float value) {
-#pragma unroll
-  for (int mask = kWarpLanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
 }
 
 // Mean and 1 / sqrt(variance + eps) of each row, a warp per row; the variance from the deviations, in a second pass.

@@ -81,11 +81,9 @@ void run_on_cuda(AdapterForward& p, const Tensor& x, const MaybeTensor& seed, do
     p.dropout = make_dropout(0, 0, dropout_p);
     p.device_seed = static_cast<const int64_t*>(seed->const_data_ptr());
   }
-  const char* reason = adapter_cuda_declines(p);
-  STD_TORCH_CHECK(reason == nullptr, "lwft_kernels.adapter: the CUDA kernel cannot serve this call: ", reason);
+  require_cuda(adapter_cuda_declines(p));
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int error = adapter_forward_cuda(p, current_cuda_stream(x));
-  STD_TORCH_CHECK(error == 0, "lwft_kernels.adapter: CUDA error ", error);
+  require_no_error(adapter_forward_cuda(p, current_cuda_stream(x)));
 }
 #endif
 

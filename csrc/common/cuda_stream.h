@@ -1,4 +1,5 @@
-// The stream a CUDA kernel is to run on: torch's current one of the tensor's device.
+// Between the ops and their CUDA kernels: the stream a kernel is to run on, torch's current one of the tensor's device;
+// and what becomes of a kernel that declines or fails.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 
@@ -17,5 +18,13 @@ inline void* current_cuda_stream(const Tensor& tensor) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return stream;
 }
+
+// `reason` is why a kernel cannot serve a call, or null. Python gives such a call to Triton; it looks for these words
+// (lwft_kernels/registration.py).
+inline void require_cuda(const char* reason) {
+  STD_TORCH_CHECK(reason == nullptr, "lwft: the CUDA kernel declines: ", reason);
+}
+
+inline void require_no_error(int error) { STD_TORCH_CHECK(error == 0, "lwft: CUDA error ", error); }
 
 }  // namespace lwft

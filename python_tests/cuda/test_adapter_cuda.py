@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import lwft_harness
-import numpy as np
 import pytest
 import torch
+from emulated import MODES, to_numpy, to_torch
 from oracle import assert_accurate
 
 from lwft_kernels.adapter import reference
@@ -15,27 +13,6 @@ from lwft_kernels.adapter.functional import ACTIVATIONS
 
 SEED, OFFSET, EPS = 11, 13, 1e-5
 DTYPES = (torch.bfloat16, torch.float16)
-MODES = list(itertools.product(("round_robin", "greedy", "greedy_reversed"), (False, True)))
-
-
-@pytest.fixture(autouse=True)
-def _default_mode():
-    yield
-    lwft_harness.set_cuda_emulation("round_robin", False)
-
-
-def to_numpy(tensor):
-    """numpy has no bfloat16: its bits travel as uint16. On addresses that the kernel's vector loads need."""
-    array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    memory = np.empty(array.size + 8, array.dtype)
-    start = -memory.ctypes.data % 16 // array.itemsize
-    aligned = memory[start : start + array.size].reshape(array.shape)
-    aligned[...] = array
-    return aligned
-
-
-def to_torch(array):
-    return torch.from_numpy(array).view(torch.bfloat16 if array.dtype == np.uint16 else torch.float16)
 
 
 def arguments(tokens, d, m, dtype, norm):
