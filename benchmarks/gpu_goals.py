@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,15 @@ class Goal:
             if row.op == self.op and shaped and options == self.options and row.mode == "fwdbwd" and not row.in_a_row:
                 return row
         return None
+
+    def told(self, rows: Sequence[Row]) -> str:
+        """The figure, bold where it misses the goal."""
+        row = self.row(rows)
+        figure = None if row is None else self.figure(row)
+        if figure is None:
+            return "-"
+        reached = figure >= self.least if self.least is not None else figure <= (self.most or 0.0)
+        return f"{figure:.2f}" if reached else f"**{figure:.2f}**"
 
 
 def over(*providers: str) -> Callable[[Row], float | None]:
@@ -94,16 +103,11 @@ GOALS = (
 )  # fmt: skip
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """A table of the goals whose rows are there."""
-    lines = ["| goal | is to be | is | |", "|---|---|---|---|"]
+def markdown(runs: Mapping[str, Sequence[Row]]) -> str:
+    """A table of the goals, one column for each of `runs`."""
+    lines = [f"| goal | | {' | '.join(runs)} |", "|---" * (2 + len(runs)) + "|"]
     for goal in GOALS:
-        row = goal.row(rows)
-        figure = None if row is None else goal.figure(row)
         bound = f"at least {goal.least:g}" if goal.least is not None else f"at most {goal.most:g}"
-        if figure is None:
-            lines.append(f"| {goal.words} | {bound} | not measured | |")
-            continue
-        reached = figure >= goal.least if goal.least is not None else figure <= (goal.most or 0.0)
-        lines.append(f"| {goal.words} | {bound} | {figure:.2f} | {'reached' if reached else '**missed**'} |")
-    return "\n".join(lines)
+        cells = " | ".join(goal.told(rows) for rows in runs.values())
+        lines.append(f"| {goal.words} | {bound} | {cells} |")
+    return "\n".join(["## Goals\n", *lines]) if runs else ""

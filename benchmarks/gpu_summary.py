@@ -35,25 +35,22 @@ def counts(path: Path) -> dict[str, Any]:
 
 def markdown(proof: Mapping[str, Any], benches: Mapping[str, Report], words: Mapping[str, str]) -> str:
     environment = proof["environment"]
+    titles = {"bench": "without tuning", "tuned": "tuned", "compilers": "beside compilers, tuned"}
+    measured = {titles[name]: whole for name, whole in benches.items() if whole.rows}
     parts = [
         f"# {environment['GPU']}, {environment['date'][:10]}, commit {environment['commit']}",
         f"`{proof['command']}`",
         _environment(environment),
         _parts(proof["parts"], words),
         _checks(proof["findings"].get("check", [])),
-        _calls("First calls", proof["findings"].get("first_call", [])),
-        _calls("Tuning", proof["findings"].get("tune", [])),
         _tests(proof["tests"]),
+        gpu_goals.markdown({title: whole.rows for title, whole in measured.items()}),
+        _first_calls(proof["findings"].get("first_call", [])),
+        _untimed(proof["findings"]),
     ]
-    titles = {"bench": "without tuning", "tuned": "tuned", "compilers": "beside compilers, tuned"}
-    for name, whole in benches.items():
-        if whole.rows:
-            partial = f" ({whole.partial()})" if whole.partial() else ""
-            if name != "compilers":
-                parts.append(f"## Goals, {titles[name]}\n\n{gpu_goals.markdown(whole.rows)}")
-            parts.append(
-                f"## Benchmark, {titles[name]}{partial}\n\n{report.GPU_LEGEND}\n\n{report.markdown(whole.rows)}"
-            )
+    for title, whole in measured.items():
+        partial = f" ({whole.partial()})" if whole.partial() else ""
+        parts.append(f"## Benchmark, {title}{partial}\n\n{report.GPU_LEGEND}\n\n{report.markdown(whole.rows)}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -100,17 +97,20 @@ def _where(finding: Mapping[str, Any]) -> str:
     return f"{finding['op']}, {finding['case']}, {finding['dtype']}"
 
 
-def _calls(title: str, findings: Findings) -> str:
+def _first_calls(findings: Findings) -> str:
     if not findings:
         return ""
-    lines = [f"## {title}\n", "| op | case | | seconds |", "|---|---|---|---|"]
+    lines = ["## First calls, forward and backward\n", "| op | case | | seconds |", "|---|---|---|---|"]
     for f in findings:
-        seconds = f"**{f['complaint']}**" if f["complaint"] else f"{f['seconds']:.3f}"
-        lines.append(f"| {f['op']} | {f['case']} | {f['check']} | {seconds} |")
-    times = [f["seconds"] for f in findings if f["check"].startswith("first") and f["seconds"] is not None]
-    if times:
-        lines.append(f"\nFirst calls: median {statistics.median(times):.3f} s, longest {max(times):.3f} s.")
-    return "\n".join(lines)
+        lines.append(f"| {f['op']} | {f['case']} | {f['check']} | {f['seconds']:.3f} |")
+    times = [f["seconds"] for f in findings if f["check"].startswith("first")]
+    return "\n".join([*lines, "", f"First calls: median {statistics.median(times):.3f} s, longest {max(times):.3f} s."])
+
+
+def _untimed(findings: Mapping[str, Findings]) -> str:
+    """What the calls that compile and tune had to say."""
+    complaints = [(part, f) for part in ("warm", "tune") for f in findings.get(part, []) if f["complaint"]]
+    return "\n".join(f"- {part}: {_where(f)}: {f['complaint']}" for part, f in complaints)
 
 
 def _tests(tests: Mapping[str, dict[str, Any]]) -> str:

@@ -243,8 +243,6 @@ def _chain(_: Case, a: Arguments) -> Run:
 
 def _lorafusion(_: Case, a: Arguments) -> Run:
     """LoRAFusion's function; it takes three dimensions only, and one dtype."""
-    if not a["x"].is_cuda:
-        raise NotOffered("LoRAFusion's kernels need a GPU")
     if "adapter_index" in a or a["lora_a"].dtype != a["x"].dtype:
         raise NotOffered("LoRAFusion's function has one adapter, of the dtype of x")
     try:
