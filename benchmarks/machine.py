@@ -80,7 +80,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "instruction set": backend["cpu_isa"] or "-",
         **({"LWFT_CPU_ISA": warning} if warning else {}),
         "CUDA kernels": _cuda(backend),
-        "Triton kernels": backend["why_not_triton"] or "of every op, for GPUs",
+        "Triton kernels": backend["why_not_triton"] or "for GPUs of compute capability 8.0 or later",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else _no_gpu(),
         **(cuda.facts(device) if device is not None and device.type == "cuda" else {}),
         "compiler": _says("c++", "--version") or "no c++ in PATH: the library and torch.compile cannot be built",

@@ -188,24 +188,11 @@ def use_kernels(
     return False
 
 
-def attempt(op: str, function: Callable[..., Tensor], x: object, *args: Any) -> Tensor | None:
-    """The result of `function(x, *args)`, the compiled kernel of `op` with no look at its arguments, or None.
-
-    Looking at every argument costs more than a small call. So an eager call on the CPU is tried first: the op refuses
-    what does not go together before it computes anything, and the caller, given None, looks for what it is.
-    """
-    if not attempts(x):
-        return None
-    try:
-        result = function(x, *args)
-    except (RuntimeError, TypeError, AttributeError):
-        return None
-    _fast[op] += 1
-    return result
-
-
 def attempts(x: object) -> bool:
-    """Whether `attempt` would try a call on `x`: to be asked before a random seed is drawn for one."""
+    """Whether a call on `x` is worth an `attempt`: an eager one on the CPU, where the compiled kernels are in use.
+
+    Asked before a random seed is drawn for it.
+    """
     return (
         _backend in ("auto", "native")
         and library_error is None
@@ -214,6 +201,20 @@ def attempts(x: object) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def attempt(op: str, function: Callable[..., Any], *args: Any) -> Any:
+    """The result of `function(*args)`, the compiled kernel of `op` with no look at its arguments, or None.
+
+    Looking at every argument costs more than a small call. So what `attempts` is tried first: the op refuses what does
+    not go together before it computes anything, and the caller, given None, looks for what it is.
+    """
+    try:
+        result = function(*args)
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+    _fast[op] += 1
+    return result
 
 
 def record_fast(op: str) -> None:

@@ -9,6 +9,7 @@ imported at the first call. Where there is no library, the ops are defined here 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from collections.abc import Callable, Sequence
@@ -33,7 +34,8 @@ def _has_tangent(args: Sequence[Any]) -> bool:
     return any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args)
 
 
-def wanted(needs_input_grad: Sequence[bool], positions: Sequence[int]) -> int:
+@functools.cache
+def wanted(needs_input_grad: tuple[bool, ...], positions: tuple[int, ...]) -> int:
     """The `needs` bits of a backward op: bit i is set when the input at positions[i] wants a gradient."""
     needs = 0
     for bit, position in enumerate(positions):
@@ -44,6 +46,8 @@ def wanted(needs_input_grad: Sequence[bool], positions: Sequence[int]) -> int:
 
 def gradients(results: Sequence[Tensor], needs: int) -> list[Tensor | None]:
     """A backward op's results with None for those that were not wanted (they come back empty)."""
+    if needs == (1 << len(results)) - 1:
+        return list(results)
     return [result if needs >> bit & 1 else None for bit, result in enumerate(results)]
 
 
@@ -94,14 +98,14 @@ _backward_ops: dict[str, Any] = {}  # looking one up in torch.ops takes as long 
 
 def run_backward(op: str, *args: Any) -> Any:
     """Call ``lwft::{op}_backward`` from a formula's backward."""
-    if not torch.compiler.is_compiling() and backend.by_triton(args[0]) and not torch.is_grad_enabled():
-        return run_triton(f"{op}_backward", *args)
     backward_op = _backward_ops.get(op)
     if backward_op is None:
         backward_op = _backward_ops[op] = getattr(torch.ops.lwft, f"{op}_backward").default
     # Autograd has something to say (that there is no second derivative) only when it is asked for one.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return backward_op(*args)
+    if backend.by_triton(args[0]):
+        return run_triton(f"{op}_backward", *args)
     with torch._C._AutoDispatchBelowAutograd():
         return backward_op(*args)
 
@@ -182,9 +186,10 @@ def register(
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             output = below_autograd(*args)
-            setup(ctx, args, output)
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, args, output)
             # not the statistics: each result more costs autograd a microsecond here and one in backward
-            return results(output)
+            return output[0] if differentiable_outputs == 1 else output[:differentiable_outputs]
 
     Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
     Eager.__name__ = Eager.__qualname__ = op

@@ -25,6 +25,14 @@ inline void require_cuda(const char* reason) {
   STD_TORCH_CHECK(reason == nullptr, "lwft: the CUDA kernel declines: ", reason);
 }
 
+// The seed lies on the device, where the kernel reads it.
+template <class P>
+void set_device_dropout(P& p, const MaybeTensor& seed, double dropout_p) {
+  if (!seed) return;
+  p.dropout = make_dropout(0, 0, dropout_p);
+  p.device_seed = static_cast<const int64_t*>(seed->const_data_ptr());
+}
+
 inline void require_no_error(int error) { STD_TORCH_CHECK(error == 0, "lwft: CUDA error ", error); }
 
 }  // namespace lwft

@@ -7,6 +7,7 @@
 // Not yet run on a GPU: its numbers are tested in the emulation of common/cuda, its registers and instructions by nvcc.
 #include "norm/norm.h"
 
+#include "common/cuda/dropout.cuh"
 #include "common/cuda/row.cuh"
 
 namespace lwft::cuda {
@@ -119,14 +120,6 @@ LWFT_DEVICE void drop(uint32_t keep, float keep_scale, Values& values) {
 #pragma unroll
     for (int e = 0; e < 8; ++e) values[v][e] = keep >> (8 * v + e) & 1 ? values[v][e] * keep_scale : 0.0f;
   }
-}
-
-LWFT_DEVICE Dropout device_dropout(Dropout dropout, const int64_t* seed) {
-  if (seed != nullptr) {
-    dropout.seed = static_cast<uint64_t>(seed[0]);
-    dropout.offset = static_cast<uint64_t>(seed[1]);
-  }
-  return dropout;
 }
 
 // x + dropout(u) of a row, and what is kept.
@@ -303,8 +296,6 @@ int64_t backward_blocks(int64_t tokens, int rows) {
   const int64_t needed = (tokens + rows - 1) / rows;
   return needed < kBackwardBlocks ? needed : kBackwardBlocks;
 }
-
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <class P>
 const char* declines(const P& p) {

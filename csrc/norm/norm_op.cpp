@@ -49,10 +49,7 @@ struct OnCuda {
   template <class P>
   static void enqueue(P& p, const Tensor& x, const MaybeTensor& seed, double dropout_p,
                       int (*kernel)(const P&, void*)) {
-    if (seed) {
-      p.dropout = make_dropout(0, 0, dropout_p);
-      p.device_seed = static_cast<const int64_t*>(seed->const_data_ptr());
-    }
+    set_device_dropout(p, seed, dropout_p);
     require_cuda(add_layer_norm_cuda_declines(p));
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     require_no_error(kernel(p, current_cuda_stream(x)));

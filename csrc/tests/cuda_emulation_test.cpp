@@ -93,23 +93,30 @@ void test_mma(const char* name) {
   check(tests::relative_error(c, expected) < 1e-6, name, "mma");
 }
 
-LWFT_KERNEL(kWarpLanes) ldmatrix_kernel(uint32_t* result) {
+template <bool kTransposed>
+LWFT_KERNEL(kWarpLanes)
+ldmatrix_kernel(uint32_t* result) {
   auto* shared = reinterpret_cast<uint16_t*>(shared_memory());
   for (int i = thread_index(); i < 32 * 8; i += kWarpLanes) shared[i] = static_cast<uint16_t>(i);
   block_barrier();
   uint32_t r[4];
-  ldmatrix_x4(r, shared + (31 - thread_index()) * 8);  // row i of the four matrices: element (31 - i) * 8
+  const uint16_t* row = shared + (31 - thread_index()) * 8;  // row i of the four matrices: element (31 - i) * 8
+  kTransposed ? ldmatrix_x4_transposed(r, row) : ldmatrix_x4(r, row);
   for (int i = 0; i < 4; ++i) result[thread_index() * 4 + i] = r[i];
 }
 
 void test_ldmatrix() {
-  std::vector<uint32_t> result(kWarpLanes * 4);
-  launch(ldmatrix_kernel, 1, kWarpLanes, 4096, nullptr, result.data());
+  std::vector<uint32_t> result(kWarpLanes * 4), transposed(kWarpLanes * 4);
+  launch(ldmatrix_kernel<false>, 1, kWarpLanes, 4096, nullptr, result.data());
+  launch(ldmatrix_kernel<true>, 1, kWarpLanes, 4096, nullptr, transposed.data());
   for (int lane = 0; lane < kWarpLanes; ++lane) {
     for (int matrix = 0; matrix < 4; ++matrix) {
-      const int first = (31 - (matrix * 8 + lane / 4)) * 8 + lane % 4 * 2;
-      check(result[lane * 4 + matrix] == static_cast<uint32_t>(first | (first + 1) << 16), kWhere, "ldmatrix", lane,
-            matrix);
+      const auto element = [&](int row, int column) { return (31 - (matrix * 8 + row)) * 8 + column; };
+      const int i = lane / 4, j = lane % 4 * 2;
+      check(result[lane * 4 + matrix] == static_cast<uint32_t>(element(i, j) | element(i, j + 1) << 16), kWhere,
+            "ldmatrix", lane, matrix);
+      check(transposed[lane * 4 + matrix] == static_cast<uint32_t>(element(j, i) | element(j + 1, i) << 16), kWhere,
+            "ldmatrix.trans", lane, matrix);
     }
   }
 }
@@ -341,7 +348,7 @@ void test_adapter(DType dtype, int64_t tokens, int64_t d, int64_t m, bool norm) 
   const auto x = random<T>(tokens * d, 1), down = random<T>(m * d, 2), down_bias = random<T>(m, 3);
   const auto up = random<T>(d * m, 4), up_bias = random<T>(d, 5), norm_weight = random<T>(d, 6);
   const auto norm_bias = random<T>(d, 7);
-  std::vector<T> first;
+  std::vector<T> first, first_dx, first_ddown, first_dup;
   in_every_mode([&] {
     std::vector<T> out(tokens * d), hidden(tokens * m);
     std::vector<float> mean(tokens), rstd(tokens);
@@ -371,6 +378,44 @@ void test_adapter(DType dtype, int64_t tokens, int64_t d, int64_t m, bool norm) 
     for (T value : out) check(std::isfinite(to_float(value)), kWhere, "the adapter's result", tokens, d, m);
     if (first.empty()) first = out;
     check(same_bits(out, first), kWhere, "the adapter gives the same result in every mode", tokens, d, m);
+
+    std::vector<T> dx(tokens * d), ddown(m * d), ddown_bias(m), dup(d * m), dup_bias(d), dnorm_weight(d), dnorm_bias(d);
+    AdapterBackward b{};
+    b.tokens = tokens;
+    b.model_dim = d;
+    b.bottleneck = m;
+    b.dtype = b.param_dtype = dtype;
+    b.grad_out = x.data();
+    b.x = x.data();
+    b.grad_out_row_stride = b.x_row_stride = d;
+    b.norm_weight = p.norm_weight;
+    b.norm_bias = p.norm_bias;
+    b.mean = mean.data();
+    b.rstd = rstd.data();
+    b.down_weight = down.data();
+    b.hidden = hidden.data();
+    b.activation = p.activation;
+    b.up_weight = up.data();
+    b.scale = p.scale;
+    b.dropout = p.dropout;
+    b.residual_is_x = true;
+    b.dx = dx.data();
+    b.ddown_weight = ddown.data();
+    b.ddown_bias = ddown_bias.data();
+    b.dup_weight = dup.data();
+    b.dup_bias = dup_bias.data();
+    if (norm) b.dnorm_weight = dnorm_weight.data(), b.dnorm_bias = dnorm_bias.data();
+    if (m > 64) return;  // which backward declines
+    check(adapter_cuda_declines(b) == nullptr, kWhere, "the adapter's backward declines", tokens, d, m);
+    std::vector<float> workspace(adapter_backward_workspace(b), NAN);
+    b.workspace = workspace.data();
+    check(adapter_backward_cuda(b, nullptr) == 0, kWhere, "the adapter's backward fails", tokens, d, m);
+    for (const auto* values : {&dx, &ddown, &ddown_bias, &dup, &dup_bias, &dnorm_weight, &dnorm_bias}) {
+      for (T value : *values) check(std::isfinite(to_float(value)), kWhere, "its gradients", tokens, d, m);
+    }
+    if (first_dx.empty()) first_dx = dx, first_ddown = ddown, first_dup = dup;
+    check(same_bits(dx, first_dx) && same_bits(ddown, first_ddown) && same_bits(dup, first_dup), kWhere,
+          "the adapter's gradients are the same in every mode", tokens, d, m);
   });
 }
 

@@ -68,12 +68,13 @@ def adapter(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
     """
-    if type(dropout_p) is float and dropout_p == 0.0 and type(eps) is float and type(scale) is float:
+    if backend.attempts(x) and dropout.is_probability(dropout_p) and type(eps) is float and type(scale) is float:
         position = _POSITIONS.get(activation) if type(activation) is str else None
         if position is not None:
-            found = backend.attempt(
+            seed = dropout.draw_seed(x.device) if dropout_p else None
+            found: Tensor | None = backend.attempt(
                 _OP, autograd.adapter, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
-                None if residual is x else residual, None, position, eps, scale, 0.0, residual is x,
+                None if residual is x else residual, seed, position, eps, scale, dropout_p, residual is x,
             )  # fmt: skip
             if found is not None:
                 return found

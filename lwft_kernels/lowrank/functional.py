@@ -28,9 +28,10 @@ def low_rank_linear(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Ten
         TypeError, ValueError: an argument of the wrong dtype, shape or device; the message names it.
     """
     op = "low_rank_linear"
-    found = backend.attempt(op, autograd.low_rank_linear, x, down_weight, up_weight, bias)
-    if found is not None:
-        return found
+    if backend.attempts(x):
+        found: Tensor | None = backend.attempt(op, autograd.low_rank_linear, x, down_weight, up_weight, bias)
+        if found is not None:
+            return found
 
     _check_input(op, x)
     checks.floating(op, "down_weight", down_weight)
@@ -96,8 +97,11 @@ def lora_linear(
             torch.compile traces that is left to the kernel, which raises RuntimeError.
     """
     op = "lora_linear"
-    if adapter_index is None and type(dropout_p) is float and dropout_p == 0.0 and type(scale) is float:
-        found = backend.attempt(op, autograd.lora_linear, x, weight, bias, lora_a, lora_b, None, None, scale, 0.0)
+    if adapter_index is None and backend.attempts(x) and dropout.is_probability(dropout_p) and type(scale) is float:
+        seed = dropout.draw_seed(x.device) if dropout_p else None
+        found: Tensor | None = backend.attempt(
+            op, autograd.lora_linear, x, weight, bias, lora_a, lora_b, None, seed, scale, dropout_p
+        )
         if found is not None:
             return found
 

@@ -39,8 +39,11 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
     """
-    if type(dropout_p) is float and dropout_p == 0.0 and type(eps) is float:
-        found = backend.attempt(_OP, autograd.add_layer_norm, x, sublayer_out, weight, bias, None, eps, 0.0)
+    if backend.attempts(x) and dropout.is_probability(dropout_p) and type(eps) is float:
+        seed = dropout.draw_seed(x.device) if dropout_p else None
+        found: Tensor | None = backend.attempt(
+            _OP, autograd.add_layer_norm, x, sublayer_out, weight, bias, seed, eps, dropout_p
+        )
         if found is not None:
             return found
 

@@ -16,6 +16,9 @@ struct alignas(16) Vector8 {
   T element[8];
 };
 
+// On the host: whether vectors may be read from there.
+inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
 template <class T>
 LWFT_DEVICE void load(const T* from, float (&to)[8]) {
   const Vector8<T> v = *reinterpret_cast<const Vector8<T>*>(from);

@@ -88,7 +88,7 @@ def _simple(module: lora.Linear, x: Tensor) -> Tensor | None:
     weight, bias = held.get("weight"), held["bias"]
     if type(weight) is not nn.Parameter or (bias is not None and type(bias) is not nn.Parameter):
         return None
-    if dropout_p and not backend.attempts(x):
+    if not backend.attempts(x):
         return None
     seed = dropout.draw_seed(x.device) if dropout_p else None
     out: Tensor | None = backend.attempt(
@@ -278,7 +278,7 @@ def _with_base(x: Tensor, weight: Tensor, bias: Tensor | None, branch: _Branch) 
         tokens = tokens.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1]).reshape(-1)
     if backend.attempts(x):
         seed = dropout.draw_seed(x.device) if branch.dropout_p else None
-        found = backend.attempt(
+        found: Tensor | None = backend.attempt(
             "lora_linear", autograd.lora_linear, x, weight, bias, branch.a, branch.b, tokens, seed, branch.scale,
             branch.dropout_p,
         )  # fmt: skip
