@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -225,6 +226,8 @@ class Proof:
                     continue
                 outcome.seconds = time.monotonic() - begun
                 active.remove(entry)
+                if not part.parallel:
+                    self.write()  # each is long, and whoever stops this process gets what there is
             time.sleep(POLL)
         self._log(part)
         self.write()
@@ -316,7 +319,7 @@ class Proof:
 def name_of(environment: dict[str, Any]) -> str:
     """The folder of `benchmarks/results` for a run: card, date, commit."""
     words = (environment["GPU"], environment["date"][:10], environment["commit"].split()[0].rstrip(","))
-    return "-".join("".join(c if c.isalnum() or c == "-" else "-" for c in word.lower()) for word in words)
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
 def _arguments(words: list[str] | None) -> argparse.Namespace:
