@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from lwft_kernels import backend
+
 from . import gpu_checks, gpu_summary, machine, report, results
 from . import run as running
 
@@ -40,9 +42,8 @@ measured choices, log.txt with what the units printed. They are written anew aft
 
 FAMILIES = ("adapter", "lora", "attention", "add_layer_norm", "low_rank", "peft", "torch_nn")  # in order of interest
 COMPILERS = ("flex", "compile")  # peers that take long to make
-TESTS = "python_tests/{room}/test_triton.py"
-ROOMS = ("attention", "adapter", "lowrank", "norm")
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = sorted(ROOT.glob("python_tests/*/test_triton.py"))  # of each room; none beside an installed package
 POLL = 0.05  # seconds
 _UNIT = "--unit"
 
@@ -56,6 +57,7 @@ class Part:
         parallel: whether its units may run at once: those that time something may not.
         autotune: its LWFT_AUTOTUNE.
         fresh: whether it compiles anew what other parts have compiled already.
+        cuda: whether it is about our CUDA C++ kernels, which no card may have run yet, not Triton's.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Part:
     parallel: bool = False
     autotune: str = "0"
     fresh: bool = False
+    cuda: bool = False
 
 
 PARTS = (
@@ -73,11 +76,14 @@ PARTS = (
     Part("bench", "the benchmark, without tuning", 180),
     Part("tune", "LWFT_AUTOTUNE=full over the same calls", 120, autotune="full"),
     Part("tuned", "the benchmark with the measured choices", 180, autotune="1"),
+    Part("cuda_check", "the same checks of the CUDA C++ kernels of the library", 60, parallel=True, cuda=True),
+    Part("cuda_bench", "the benchmark of those", 60, cuda=True),
     Part("first_call", "the first call of each op, nothing compiled before", 90, fresh=True),
     Part("tests", "the rooms' own Triton tests, by pytest", 240, parallel=True),
     Part("compilers", "FlexAttention and torch.compile beside eager and ours, tuned", 420, autotune="1"),
 )
-BENCHES = ("bench", "tuned", "compilers")
+BENCHES = ("bench", "tuned", "cuda_bench", "compilers")
+CHECKS = ("check", "cuda_check")
 
 Unit = dict[str, Any]  # "part", and what of it; JSON, for the process that does it
 
@@ -106,18 +112,19 @@ class Outcome:
 
 
 def units(part: Part, options: Options) -> list[Unit]:
-    ops = [name for name in options.families if name in gpu_checks.OPS]
-    if part.name == "check":
+    families: list[str] = list(options.families)
+    if part.cuda:
+        families = [name for name in families if backend.has_cuda_kernel(f"{running.FAMILIES[name].op}_forward")]
+    if part.name in CHECKS:
         dtypes = ("float32", "bfloat16") if options.smoke else ("bfloat16", "float32", "float16")
-        found = [{"family": family, "dtype": dtype} for dtype in dtypes for family in options.families]
+        found = [{"family": family, "dtype": dtype} for dtype in dtypes for family in families]
     elif part.name in ("warm", "tune"):
-        found = [{"family": family} for family in ops]
+        found = [{"family": family} for family in families if family in gpu_checks.OPS]
     elif part.name in BENCHES:
-        found = [{"family": family} for family in options.families]
-        if part.name == "compilers":
-            found = [unit for unit in found if unit["family"] != "peft"]
+        found = [{"family": name} for name in families if part.name != "compilers" or name != "peft"]
     elif part.name == "tests":
-        found = [{"room": room} for room in (ROOMS[3:] if options.smoke else ROOMS)]
+        rooms = [path.parent.name for path in TESTS]
+        found = [{"room": room} for room in rooms if room == "norm" or not options.smoke]
     else:
         found = [{}]
     return [{"part": part.name, **unit} for unit in found]
@@ -154,7 +161,7 @@ def work(unit: Unit, options: Options, path: Path) -> None:
 
 def _findings(unit: Unit, options: Options, device: torch.device) -> Iterator[gpu_checks.Finding]:
     part = unit["part"]
-    if part == "check":
+    if part in CHECKS:
         presets = ("gpu-smoke",) if options.smoke else ("smoke", "gpu-smoke", "quick")
         for case in gpu_checks.cases(unit["family"], presets):
             yield from gpu_checks.check(unit["family"], case, unit["dtype"], device)
@@ -237,12 +244,20 @@ class Proof:
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), *(path for path in sys.path if path)]),
             "LWFT_AUTOTUNE": part.autotune,
+            "LWFT_CUDA_UNPROVEN": "1" if part.cuda else "0",
             "LWFT_CACHE_DIR": str(self._folder / "tuning"),
             "TRITON_CACHE_DIR": str(self._folder / (f"triton-{part.name}" if part.fresh else "triton")),
         }
         path = self._path(unit)
         if part.name == "tests":
-            command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={path}", TESTS.format(room=unit["room"])]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                f"--junitxml={path}",
+                f"python_tests/{unit['room']}/test_triton.py",
+            ]
             command += ["-k", "no_tokens"] if self._options.smoke else []
         else:
             command = [sys.executable, "-m", f"{__package__}.gpu_proof"]
@@ -282,7 +297,7 @@ class Proof:
             "findings": {
                 name: [finding for outcome in outcomes for finding in self._read(outcome.unit) or []]
                 for name, outcomes in self._outcomes.items()
-                if name in ("check", "warm", "tune", "first_call")
+                if name not in (*BENCHES, "environment", "tests")
             },
             "tests": {
                 outcome.unit["room"]: gpu_summary.counts(self._path(outcome.unit))

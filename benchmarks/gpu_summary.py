@@ -35,14 +35,17 @@ def counts(path: Path) -> dict[str, Any]:
 
 def markdown(proof: Mapping[str, Any], benches: Mapping[str, Report], words: Mapping[str, str]) -> str:
     environment = proof["environment"]
-    titles = {"bench": "without tuning", "tuned": "tuned", "compilers": "beside compilers, tuned"}
+    titles = {
+        "bench": "without tuning", "tuned": "tuned", "cuda_bench": "CUDA C++", "compilers": "beside compilers, tuned",
+    }  # fmt: skip
     measured = {titles[name]: whole for name, whole in benches.items() if whole.rows}
     parts = [
         f"# {environment['GPU']}, {environment['date'][:10]}, commit {environment['commit']}",
         f"`{proof['command']}`",
         _environment(environment),
         _parts(proof["parts"], words),
-        _checks(proof["findings"].get("check", [])),
+        _checks("Checks", proof["findings"].get("check", [])),
+        _checks("Checks of the CUDA C++ kernels", proof["findings"].get("cuda_check", [])),
         _tests(proof["tests"]),
         gpu_goals.markdown({title: whole.rows for title, whole in measured.items()}),
         _first_calls(proof["findings"].get("first_call", [])),
@@ -75,7 +78,7 @@ def _unit(unit: Mapping[str, Any]) -> str:
     return " ".join(str(value) for name, value in unit.items() if name != "part") or unit["part"]
 
 
-def _checks(findings: Findings) -> str:
+def _checks(title: str, findings: Findings) -> str:
     if not findings:
         return ""
     checks = list(dict.fromkeys(finding["check"] for finding in findings))
@@ -90,7 +93,7 @@ def _checks(findings: Findings) -> str:
         lines.append(f"| {op} | {' | '.join(cells)} | {f'{max(ratios):.2f}' if ratios else '-'} |")
     notes = [f"- {_where(f)}, {f['check']}: {f['complaint']}" for f in findings if f["complaint"]]
     declined = dict.fromkeys(f"- {_where(f)} was declined: {f['declined']}" for f in findings if f["declined"])
-    return "\n".join(["## Checks\n", *lines, "", *notes, *declined])
+    return "\n".join([f"## {title}\n", *lines, "", *notes, *declined])
 
 
 def _where(finding: Mapping[str, Any]) -> str:

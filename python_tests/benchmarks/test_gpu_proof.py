@@ -12,6 +12,7 @@ from lwft_bench import gpu_proof, results
 SMOKE = ["--device", "cpu", "--smoke", "--families", "add_layer_norm"]
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path, capsys):
     words = ["--out", str(tmp_path / "out"), *SMOKE, "--parts", "environment,check,bench,first_call,tests"]
     status = gpu_proof.main(words)
@@ -88,14 +89,22 @@ def test_a_complaint_is_a_fault(tmp_path):
     assert "was declined: too large" in summary
 
 
+def test_cuda_kernels_are_checked_where_the_library_has_them(monkeypatch):
+    parts = {part.name: part for part in gpu_proof.PARTS}
+    every = options(smoke=False, families=gpu_proof.FAMILIES)
+    monkeypatch.setattr(gpu_proof.backend, "has_cuda_kernel", lambda name: name == "adapter_forward")
+    units = gpu_proof.units(parts["cuda_check"], every) + gpu_proof.units(parts["cuda_bench"], every)
+    assert {unit["family"] for unit in units} == {"adapter"} and len(units) == 4
+
+
 def test_units_come_in_order_of_interest():
     every = options(smoke=False, families=gpu_proof.FAMILIES)
     parts = {part.name: part for part in gpu_proof.PARTS}
     assert gpu_proof.units(parts["check"], every)[0] == {"part": "check", "family": "adapter", "dtype": "bfloat16"}
     assert {unit["family"] for unit in gpu_proof.units(parts["tune"], every)} == set(gpu_proof.gpu_checks.OPS)
-    assert [unit["room"] for unit in gpu_proof.units(parts["tests"], every)] == list(gpu_proof.ROOMS)
-    for room in gpu_proof.ROOMS:
-        assert (gpu_proof.ROOT / gpu_proof.TESTS.format(room=room)).parent.exists()
+    rooms = {unit["room"] for unit in gpu_proof.units(parts["tests"], every)}
+    assert {"attention", "norm"} <= rooms
+    assert [unit["room"] for unit in gpu_proof.units(parts["tests"], options())] == ["norm"]
 
 
 @pytest.mark.parametrize("words", [["--parts", "dance"], ["--families", "sort"], []])

@@ -67,6 +67,13 @@ def test_a_process_that_ends_is_an_error(monkeypatch):
         list(kernels.compiled(("cellar",), ("sm_90",)))
 
 
+def test_no_room_is_left_out():
+    pytest.importorskip("triton")
+    from lwft_kernels.triton import ahead_of_time
+
+    assert kernels.ROOMS == ahead_of_time.ROOMS
+
+
 @pytest.mark.parametrize("words", [("cellar",), ("--card", "sm_1"), ("--jobs", "0")])
 def test_bad_words_are_refused(words):
     assert invoke(*words).exit_code == 2
