@@ -14,6 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import lwft_kernels
+
 from . import curves as scaling
 from . import kernels as triton_kernels
 from . import machine, report, results, session
@@ -224,6 +226,8 @@ def kernels(
     matrix instructions. Spills, too much shared memory and a matrix instruction that is missing are faults: the exit
     status is 1.
     """
+    if lwft_kernels.backend.triton_error is not None:
+        raise click.UsageError(lwft_kernels.backend.triton_error)
     console = Console(width=None if sys.stdout.isatty() else LEAST_WIDTH)
     records = []
     with console.status("compiling") as status:

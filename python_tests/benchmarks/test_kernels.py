@@ -67,6 +67,12 @@ def test_a_process_that_ends_is_an_error(monkeypatch):
         list(kernels.compiled(("cellar",), ("sm_90",)))
 
 
+def test_without_triton_it_says_so(monkeypatch):
+    monkeypatch.setattr(cli.lwft_kernels.backend, "triton_error", "Triton is not installed: pip install triton")
+    result = invoke("norm")
+    assert result.exit_code == 2 and "pip install triton" in result.output
+
+
 def test_no_room_is_left_out():
     pytest.importorskip("triton")
     from lwft_kernels.triton import ahead_of_time
