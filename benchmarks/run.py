@@ -54,8 +54,11 @@ def plans(
     threads: tuple[int, ...],
     providers: tuple[str, ...],
 ) -> list[Plan]:
-    """The rows that a command line asks for; no `dtypes` means those of each case."""
-    return [
+    """The rows that a command line asks for; no `dtypes` means those of each case.
+
+    Each row once: a larger preset may hold a case of a smaller one again, with further dtypes.
+    """
+    found = [
         Plan(FAMILIES[name], case, dtype, mode, count)
         for name in families
         if any(provider in FAMILIES[name].providers for provider in providers)
@@ -66,6 +69,10 @@ def plans(
         if mode == "fwd" or case.trains
         for count in threads
     ]
+    once: dict[tuple[Any, ...], Plan] = {}
+    for plan in found:
+        once.setdefault((plan.family.op, plan.case.name, plan.dtype, plan.mode, plan.threads), plan)
+    return list(once.values())
 
 
 def thread_counts(most: int) -> tuple[int, ...]:

@@ -1,14 +1,11 @@
-// The emulation of CUDA itself: each instruction against the PTX manual, mistakes that it must find, and the kernels that
-// are built on it, with buffers of the exact size for AddressSanitizer.
+// The emulation of CUDA itself: each instruction against the PTX manual, and mistakes that it must find.
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <initializer_list>
 
-#include "adapter/adapter.h"
-#include "common/cuda/row.cuh"
-#include "norm/norm.h"
-#include "tests/check.h"
+#include "common/cuda/portable.cuh"
+#include "tests/cuda_modes.h"
 
 namespace {
 
@@ -16,20 +13,10 @@ using namespace lwft;
 using namespace lwft::cuda;
 using emulation::Schedule;
 using lwft::tests::check;
+using lwft::tests::in_every_mode;
 using lwft::tests::random_values;
 
 const char* const kWhere = "the emulation";
-
-// Runs `body` under every schedule, with late and with early copies.
-void in_every_mode(const std::function<void()>& body) {
-  for (Schedule schedule : {Schedule::round_robin, Schedule::greedy, Schedule::greedy_reversed}) {
-    for (bool early : {false, true}) {
-      emulation::options = {schedule, early};
-      body();
-    }
-  }
-  emulation::options = {};
-}
 
 // What launch() throws, or "" when it throws nothing.
 template <class... Arguments>
@@ -274,151 +261,6 @@ void test_mistakes() {
   });
 }
 
-// ---- kernels ----
-
-// Numbers are tested in python_tests/cuda; here, that nothing outside the buffers is touched and that the order in which
-// threads run does not matter.
-template <class T>
-std::vector<T> random(int64_t count, uint32_t seed) {
-  std::vector<T> values;
-  for (float x : random_values<float>(count, seed)) values.push_back(from_float<T>(x));
-  return values;
-}
-
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
-
-template <class T>
-void test_add_layer_norm(DType dtype, int64_t tokens, int64_t d) {
-  const auto x = random<T>(tokens * d, 1), u = random<T>(tokens * d, 2), weight = random<T>(d, 3);
-  const auto bias = random<T>(d, 4), grad_out = random<T>(tokens * d, 5);
-  std::vector<T> first_out, first_dx, first_dweight;
-  in_every_mode([&] {
-    std::vector<T> out(tokens * d), dx(tokens * d), du(tokens * d), dweight(d), dbias(d);
-    std::vector<float> mean(tokens), rstd(tokens);
-    AddLayerNormForward p{};
-    p.tokens = tokens;
-    p.model_dim = d;
-    p.x_dtype = p.sublayer_dtype = p.out_dtype = p.param_dtype = dtype;
-    p.x = x.data();
-    p.sublayer_out = u.data();
-    p.x_row_stride = p.sublayer_row_stride = d;
-    p.weight = weight.data();
-    p.bias = bias.data();
-    p.eps = 1e-5;
-    p.dropout = make_dropout(1, 2, 0.25);
-    p.out = out.data();
-    p.mean = mean.data();
-    p.rstd = rstd.data();
-    check(add_layer_norm_cuda_declines(p) == nullptr, kWhere, "add_layer_norm declines", tokens, d);
-    check(add_layer_norm_forward_cuda(p, nullptr) == 0, kWhere, "add_layer_norm fails", tokens, d);
-    AddLayerNormBackward b{};
-    b.tokens = tokens;
-    b.model_dim = d;
-    b.x_dtype = b.sublayer_dtype = b.out_dtype = b.param_dtype = dtype;
-    b.grad_out = grad_out.data();
-    b.x = x.data();
-    b.sublayer_out = u.data();
-    b.grad_out_row_stride = b.x_row_stride = b.sublayer_row_stride = d;
-    b.weight = weight.data();
-    b.mean = mean.data();
-    b.rstd = rstd.data();
-    b.dropout = p.dropout;
-    b.dx = dx.data();
-    b.dsublayer_out = du.data();
-    b.dweight = dweight.data();
-    b.dbias = dbias.data();
-    check(add_layer_norm_cuda_declines(b) == nullptr, kWhere, "its backward declines", tokens, d);
-    std::vector<float> workspace(add_layer_norm_backward_workspace(b), NAN);
-    b.workspace = workspace.data();
-    check(add_layer_norm_backward_cuda(b, nullptr) == 0, kWhere, "its backward fails", tokens, d);
-    for (const auto* values : {&out, &dx, &du, &dweight, &dbias}) {
-      for (T value : *values) check(std::isfinite(to_float(value)), kWhere, "add_layer_norm's results", tokens, d);
-    }
-    if (first_out.empty()) first_out = out, first_dx = dx, first_dweight = dweight;
-    check(same_bits(out, first_out) && same_bits(dx, first_dx) && same_bits(dweight, first_dweight), kWhere,
-          "add_layer_norm gives the same result in every mode", tokens, d);
-  });
-}
-
-template <class T>
-void test_adapter(DType dtype, int64_t tokens, int64_t d, int64_t m, bool norm) {
-  const auto x = random<T>(tokens * d, 1), down = random<T>(m * d, 2), down_bias = random<T>(m, 3);
-  const auto up = random<T>(d * m, 4), up_bias = random<T>(d, 5), norm_weight = random<T>(d, 6);
-  const auto norm_bias = random<T>(d, 7);
-  std::vector<T> first, first_dx, first_ddown, first_dup;
-  in_every_mode([&] {
-    std::vector<T> out(tokens * d), hidden(tokens * m);
-    std::vector<float> mean(tokens), rstd(tokens);
-    AdapterForward p{};
-    p.tokens = tokens;
-    p.model_dim = d;
-    p.bottleneck = m;
-    p.dtype = p.param_dtype = dtype;
-    p.x = p.residual = x.data();
-    p.x_row_stride = p.residual_row_stride = d;
-    p.norm_weight = norm ? norm_weight.data() : nullptr;
-    p.norm_bias = norm ? norm_bias.data() : nullptr;
-    p.eps = 1e-5;
-    p.down_weight = down.data();
-    p.down_bias = down_bias.data();
-    p.activation = Activation::gelu;
-    p.up_weight = up.data();
-    p.up_bias = up_bias.data();
-    p.scale = 0.5;
-    p.dropout = make_dropout(1, 2, 0.25);
-    p.out = out.data();
-    p.hidden = hidden.data();
-    p.mean = mean.data();
-    p.rstd = rstd.data();
-    check(adapter_cuda_declines(p) == nullptr, kWhere, "the adapter declines", tokens, d, m);
-    check(adapter_forward_cuda(p, nullptr) == 0, kWhere, "the adapter fails", tokens, d, m);
-    for (T value : out) check(std::isfinite(to_float(value)), kWhere, "the adapter's result", tokens, d, m);
-    if (first.empty()) first = out;
-    check(same_bits(out, first), kWhere, "the adapter gives the same result in every mode", tokens, d, m);
-
-    std::vector<T> dx(tokens * d), ddown(m * d), ddown_bias(m), dup(d * m), dup_bias(d), dnorm_weight(d), dnorm_bias(d);
-    AdapterBackward b{};
-    b.tokens = tokens;
-    b.model_dim = d;
-    b.bottleneck = m;
-    b.dtype = b.param_dtype = dtype;
-    b.grad_out = x.data();
-    b.x = x.data();
-    b.grad_out_row_stride = b.x_row_stride = d;
-    b.norm_weight = p.norm_weight;
-    b.norm_bias = p.norm_bias;
-    b.mean = mean.data();
-    b.rstd = rstd.data();
-    b.down_weight = down.data();
-    b.hidden = hidden.data();
-    b.activation = p.activation;
-    b.up_weight = up.data();
-    b.scale = p.scale;
-    b.dropout = p.dropout;
-    b.residual_is_x = true;
-    b.dx = dx.data();
-    b.ddown_weight = ddown.data();
-    b.ddown_bias = ddown_bias.data();
-    b.dup_weight = dup.data();
-    b.dup_bias = dup_bias.data();
-    if (norm) b.dnorm_weight = dnorm_weight.data(), b.dnorm_bias = dnorm_bias.data();
-    if (m > 64) return;  // which backward declines
-    check(adapter_cuda_declines(b) == nullptr, kWhere, "the adapter's backward declines", tokens, d, m);
-    std::vector<float> workspace(adapter_backward_workspace(b), NAN);
-    b.workspace = workspace.data();
-    check(adapter_backward_cuda(b, nullptr) == 0, kWhere, "the adapter's backward fails", tokens, d, m);
-    for (const auto* values : {&dx, &ddown, &ddown_bias, &dup, &dup_bias, &dnorm_weight, &dnorm_bias}) {
-      for (T value : *values) check(std::isfinite(to_float(value)), kWhere, "its gradients", tokens, d, m);
-    }
-    if (first_dx.empty()) first_dx = dx, first_ddown = ddown, first_dup = dup;
-    check(same_bits(dx, first_dx) && same_bits(ddown, first_ddown) && same_bits(dup, first_dup), kWhere,
-          "the adapter's gradients are the same in every mode", tokens, d, m);
-  });
-}
-
 }  // namespace
 
 int main() {
@@ -430,12 +272,6 @@ int main() {
   test_conversions<BFloat16>("bf16", 0x7F80);
   test_conversions<Float16>("fp16", 0x7C00);
   test_mistakes();
-  test_adapter<BFloat16>(DType::bf16, 1, 8, 8, true);
-  test_adapter<BFloat16>(DType::bf16, 65, 136, 24, false);
-  test_adapter<Float16>(DType::f16, 70, 72, 72, true);
-  test_add_layer_norm<BFloat16>(DType::bf16, 3, 1032);
-  test_add_layer_norm<Float16>(DType::f16, 9, 72);
-  test_add_layer_norm<float>(DType::f32, 2, 4104);
   if (tests::failures == 0) std::puts("ok");
   return tests::failures == 0 ? 0 : 1;
 }

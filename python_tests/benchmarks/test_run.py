@@ -206,6 +206,13 @@ def test_presets_grow():
     assert 0 < sizes[0] < sizes[1]
 
 
+@pytest.mark.parametrize("dtypes", [(), ("float32",)])
+def test_every_row_once(dtypes):
+    planned = run.plans(tuple(run.FAMILIES), "full", dtypes, run.MODES, (1, 2), cli.PROVIDERS)
+    rows = {(plan.family.op, plan.case.name, plan.dtype, plan.mode, plan.threads) for plan in planned}
+    assert len(rows) == len(planned)
+
+
 def test_environment():
     facts = json.loads(invoke("env", "--json").output)
     assert {"torch", "processor", "compiler", "instruction set", "library", "GPU"} <= facts.keys()
@@ -259,13 +266,13 @@ def test_a_prefix_is_told_against_the_call_without(tmp_path):
 
 
 def test_cost_of_a_unit_and_its_growth():
-    medians = {1: 4.0, 10: 20.0, 100: 300.0}  # per token 4, 2, 3
-    rows = [row({"eager": 2.0 * n, "lwft": medians[n]}, tokens=n) for n in (100, 1, 10)]
+    medians = {1: 4.0, 10: 20.0, 100: 300.0, 200: 500.0}  # per token 4, 2, 3, 2.5
+    rows = [row({"eager": 2.0 * n, "lwft": medians[n]}, tokens=n) for n in (200, 100, 1, 10)]
     (curve,) = curves.curves(rows)
-    assert (curve.axis, curve.unit, [x for x, _ in curve.points]) == ("T", "token", [1, 10, 100])
-    assert curve.costs(True) == [4.0, 2.0, 3.0]
-    assert list(curve.growths(True)) == [None, 0.5, 1.5]
-    assert list(curve.growths(False)) == [None, 1.0, 1.0]
+    assert (curve.axis, curve.unit, [x for x, _ in curve.points]) == ("T", "token", [1, 10, 100, 200])
+    assert curve.costs(True) == [4.0, 2.0, 3.0, 2.5]
+    assert list(curve.growths(True)) == [None, 0.5, 1.5, 1.25]  # to the least so far, not to the one before
+    assert list(curve.growths(False)) == [None, 1.0, 1.0, 1.0]
     assert curves.curves(rows[:2]) == []
 
 
