@@ -50,7 +50,7 @@ def row(medians, *, flops=1.0, traffic=1.0, gemm_rate=1.0, copy_rate=1.0, tokens
 
 def printed(rows):
     console = Console(width=200, record=True, file=io.StringIO())
-    report.print_table(rows, console)
+    report.print_table(rows, console, torch.device("cpu"))
     return console.export_text()
 
 
@@ -182,7 +182,7 @@ def test_work_of_attention():
 
 def test_peak_memory_sees_a_tensor():
     size = 64 * 2**20
-    peak = memory.peak_memory(lambda: torch.ones(size // 4))
+    peak = memory.peak_memory(lambda: torch.ones(size // 4), torch.device("cpu"))
     if peak is None:
         pytest.skip("this system does not tell")
     assert 0.9 * size <= peak <= 1.5 * size
