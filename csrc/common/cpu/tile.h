@@ -30,11 +30,32 @@ template <class T>
 constexpr int64_t kPanelColumns = kPanelVectors * kLanes<T>;
 constexpr int64_t kKBlock = 256;
 
+constexpr int64_t kLine = 64;    // bytes of a cache line
+constexpr int kSecondCache = 2;  // for __builtin_prefetch
+
 // Rows that a product takes at once: a caller's block of rows is best a multiple of it (48, say).
 template <class T>
 constexpr int64_t kTileRows = 6;
 
 enum class Mode { overwrite, accumulate };
+
+// Memory that is read next, `lines` cache lines from `next` on, for a product to fetch into the second cache while it
+// computes. What a product streams from memory, it would wait for: no prefetcher of the machine goes past the end of a page.
+struct Ahead {
+  const char* next = nullptr;
+  int64_t lines = 0;
+
+  Ahead() = default;
+  Ahead(const void* data, int64_t bytes) : next(static_cast<const char*>(data)), lines(bytes / kLine) {}
+  // Where the next `count` lines begin; null when there are none left.
+  const char* take(int64_t count) {
+    if (lines <= 0) return nullptr;
+    const char* const here = next;
+    next += count * kLine;
+    lines -= count;
+    return here;
+  }
+};
 
 // n rounded up to whole vectors: the least row stride of a C of n columns.
 template <class T>
@@ -67,7 +88,7 @@ using SumOf = typename SumType<T>::type;
 // columns from j on, j a multiple of kPanelColumns<T>, are a product of their own: panels + j * k, c + j.
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels, SumOf<T>* c,
-          int64_t ldc, Mode mode);
+          int64_t ldc, Mode mode, Ahead ahead = {});
 
 // The same with a row-major B (k, n) where it lies, of row stride ldb: for one that is used by few rows of A only, where a
 // copy into panels costs as much as the product. padded<T>(n) columns of B are read.
