@@ -8,15 +8,15 @@
 //     dx += dy W     A block is the left-hand side, of (dx)^T += W^T (dy)^T: its elements are broadcast, and the vectors
 //                    run over tokens. dy, small beside W, is what is transposed.
 //
-// For the second product a block is gathered into rows first, so that its sums run over kColumns outputs and not over the
-// width of a panel. In pairs of bfloat16 the panels hold neighbours along the inputs, but the product needs pairs along the
+// Where panels are narrow, a block is gathered into rows for the second product, so that its sums run over kColumns outputs
+// and not over the width of a panel. In pairs of bfloat16 the panels hold neighbours along the inputs, but the product needs pairs along the
 // outputs: gathering pairs output c with output c + kLanes, which is a mask and a shift of two vectors, and dy is put into
 // the same order.
 //
 // W is read from memory while the block before it is multiplied (Ahead). That decides the speed for few tokens.
 //
-// Scratch memory: for the first product kTaskRows x kColumns sums per thread (and x, where it is not read as it lies); for
-// the second kTokens rows of dy, and per thread kDepth inputs x (kTokens + kColumns) numbers.
+// Scratch memory: for the first product kTaskRows x kColumns sums per thread, and kRows rows of x where they are not read as
+// they lie; for the second kTokens rows of dy, and per thread 2 x kDepth units of inputs x kTokens sums.
 #include "lowrank/lowrank_packed.h"
 
 #include "common/cpu/operand.h"
@@ -30,8 +30,10 @@ namespace {
 constexpr int64_t kDepth = 128, kColumns = kKBlock;
 // Rows of a task of the first product, whose x and sums stay in the second cache from one panel to the next.
 constexpr int64_t kTaskRows = 192;
+// Rows that are brought into another form at once, where they are.
+constexpr int64_t kRows = 8 * kTaskRows;
 // Rows of dy that are transposed at once for the second product.
-constexpr int64_t kTokens = 512;
+constexpr int64_t kTokens = 256;
 // For fewer of them the vectors run over outputs.
 constexpr int64_t kFewTokens = 8;
 static_assert(kColumns % kPanelColumns<float> == 0 && kColumns % kPanelColumns<double> == 0);
@@ -62,9 +64,9 @@ struct Blocks {
   E* block(int64_t group, int64_t step) const {
     return data + group * kColumns * depth() + step * kDepth * padded<E>(columns(group));
   }
-  // A block, to be read next. There is none past the last.
+  // A block, to be read next. There may be none.
   Ahead ahead(int64_t group, int64_t step) const {
-    if (group == groups()) return {};
+    if (group == groups() || step == steps()) return {};
     return {block(group, step), depth(step) * padded<E>(columns(group)) * static_cast<int64_t>(sizeof(E))};
   }
 };
@@ -109,79 +111,131 @@ void add_row(const PackedProduct& p, int64_t row, int64_t column, const SumOf<E>
                  [&](auto at, int) LWFT_INLINE { store_at<T>(out, at, load_at<T>(out, at) + load_at<T>(sums, at)); });
 }
 
+// Rows first .. first + n - 1 of p.a as a left-hand side: where they lie, or in scratch.
+template <class E>
+Tile<E> left_rows(const PackedProduct& p, int64_t first, int64_t n, int64_t columns, Scratch& scratch) {
+  using T = SumOf<E>;
+  // A row of matrix registers is read from 16 rows at once, which must not fall into one set of the cache.
+  constexpr int64_t kSets = 1024 / static_cast<int64_t>(sizeof(E));
+  const Tile<E> there = operand_in_place<E>(p.weight.dtype, p.a, first * p.a_row_stride, p.a_row_stride, columns);
+  if (there.data != nullptr && (!kIsPair<E> || there.row_stride % kSets != 0)) return there;
+  const int64_t stride = units<E>(columns) + (units<E>(columns) % kSets == 0 ? kLanes<E> : 0);
+  E* const rows = scratch.take<E>(n * stride);
+  parallel_for(n, [&](int64_t i) {
+    if (there.data != nullptr) {
+      __builtin_memcpy(rows + i * stride, there.row(i), static_cast<size_t>(units<E>(columns)) * sizeof(E));
+      return;
+    }
+    Scratch local;
+    T* const row = local.take<T>(columns);
+    load_row(p.weight.dtype, p.a, (first + i) * p.a_row_stride, columns, row);
+    store_operand(row, columns, rows + i * stride);
+  });
+  return {rows, stride};
+}
+
 template <class E>
 void multiply_by_transpose(const PackedProduct& p) {
   using T = SumOf<E>;
   const Blocks<E> w(p.weight);
-  Scratch scratch;
-  Tile<E> x = operand_in_place<E>(p.weight.dtype, p.a, 0, p.a_row_stride, w.in_features);
-  if (x.data == nullptr) {
-    E* const rows = scratch.take<E>(p.rows * w.depth());
-    parallel_for(p.rows, [&](int64_t i) {
+  for (int64_t first = 0; first < p.rows; first += kRows) {
+    const int64_t all = minimum(kRows, p.rows - first), chunks = ceil_div(all, kTaskRows);
+    Scratch scratch;
+    const Tile<E> x = left_rows<E>(p, first, all, w.in_features, scratch);
+    parallel_for(w.groups() * chunks, [&](int64_t task) {
+      const int64_t group = task / chunks, begin = task % chunks * kTaskRows;
+      const int64_t n = w.columns(group), width = padded<E>(n), rows = minimum(kTaskRows, all - begin);
       Scratch local;
-      T* const row = local.take<T>(w.in_features);
-      load_row(p.weight.dtype, p.a, i * p.a_row_stride, w.in_features, row);
-      store_operand(row, w.in_features, rows + i * w.depth());
+      T* const sums = local.take<T>(rows * width);
+      for (int64_t step = 0; step < w.steps(); ++step) {
+        gemm(rows, n, w.depth(step), x.row(begin) + step * kDepth, x.row_stride, 1, w.block(group, step), sums, width,
+             step == 0 ? Mode::overwrite : Mode::accumulate, w.ahead(group, step + 1));
+      }
+      for (int64_t i = 0; i < rows; ++i) add_row<E>(p, first + begin + i, group * kColumns, sums + i * width, n);
     });
-    x = {rows, w.depth()};
   }
-  const int64_t chunks = ceil_div(p.rows, kTaskRows);
-  parallel_for(w.groups() * chunks, [&](int64_t task) {
-    const int64_t group = task / chunks, first = task % chunks * kTaskRows;
-    const int64_t n = w.columns(group), width = padded<E>(n), rows = minimum(kTaskRows, p.rows - first);
-    Scratch local;
-    T* const sums = local.take<T>(rows * width);
-    for (int64_t step = 0; step < w.steps(); ++step) {
-      const Ahead ahead = step + 1 < w.steps() ? w.ahead(group, step + 1) : Ahead{};
-      gemm(rows, n, w.depth(step), x.row(first) + step * kDepth, x.row_stride, 1, w.block(group, step), sums, width,
-           step == 0 ? Mode::overwrite : Mode::accumulate, ahead);
-    }
-    for (int64_t i = 0; i < rows; ++i) add_row<E>(p, first + i, group * kColumns, sums + i * width, n);
-  });
 }
 
 // ---- dx += dy W ----
 
-// A block of W as rows of outputs, one for each input.
+// Whether the elements of a panel are read where they lie. A narrow panel is not: the sums would go to memory too often.
 template <class E>
-void gather(const Blocks<E>& w, int64_t group, int64_t step, E* to) {
-  constexpr int64_t N = kLanes<E>;
-  constexpr int64_t kStride = kGatheredStride<E>;
-  const int64_t inputs = w.inputs(step), depth = w.depth(step);
-  const E* from = w.block(group, step);
-  for (int64_t j = 0; j < w.columns(group); j += kPanelColumns<E>) {
-    const int64_t width = padded<E>(minimum(kPanelColumns<E>, w.columns(group) - j));
-    for (int64_t i = 0; i < depth; ++i, from += width) {
-      if constexpr (!kIsPair<E>) {
-        for (int64_t c = 0; c < width; c += N) store(to + i * kStride + j + c, load(from + c));
-      } else {
-        using Words = Vec<uint32_t>;
-        const auto words = [](const E* at) { return bit_cast<Words>(load(reinterpret_cast<const float*>(at))); };
-        const auto put = [](E* at, Words v) { store(reinterpret_cast<float*>(at), bit_cast<Vec<float>>(v)); };
-        E* const row = to + 2 * i * kStride + j / 2;
-        for (int64_t c = 0; c < width; c += 2 * N) {
-          const Words low = words(from + c), high = c + N < width ? words(from + c + N) : Words{};
-          put(row + c / 2, (low & 0xFFFFu) | (high << 16));
-          if (2 * i + 1 < inputs) put(row + kStride + c / 2, (low >> 16) | (high & 0xFFFF0000u));
-        }
+constexpr bool kReadsPanels = !kIsPair<E> && kPanelColumns<E> >= 64;
+// Inputs of a block that are gathered at once: the first cache holds them.
+template <class E>
+constexpr int64_t kGatheredInputs = kIsPair<E> ? 64 : 48;
+
+// n inputs of a panel as rows of its `width` outputs; width is a constant where the panel is a whole one.
+template <class E, class Width>
+LWFT_INLINE inline void gather_panel(const E* from, Width width, int64_t n, E* to) {
+  constexpr int64_t N = kLanes<E>, kStride = kGatheredStride<E>;
+  for (int64_t i = 0; i < n; i += kUnit<E>, from += width, to += kUnit<E> * kStride) {
+    if constexpr (!kIsPair<E>) {
+      for (int64_t c = 0; c < width; c += N) store(to + c, load(from + c));
+    } else {
+      using Words = Vec<uint32_t>;
+      const auto words = [](const E* at) { return bit_cast<Words>(load(reinterpret_cast<const float*>(at))); };
+      const auto put = [](E* at, Words v) { store(reinterpret_cast<float*>(at), bit_cast<Vec<float>>(v)); };
+      for (int64_t c = 0; c < width; c += 2 * N) {
+        const Words low = words(from + c), high = c + N < width ? words(from + c + N) : Words{};
+        put(to + c / 2, (low & 0xFFFFu) | (high << 16));
+        // past an odd last input there is one of zeros
+        put(to + kStride + c / 2, (low >> 16) | (high & 0xFFFF0000u));
       }
     }
   }
 }
 
-// The columns of a group of rows first .. first + n - 1 of dy, transposed, as the right-hand side to a gathered block.
+// Inputs begin .. begin + n - 1 of a block (begin a whole unit) as rows of outputs; `to` has room for whole units.
 template <class E>
-void pack_gradient(const PackedProduct& p, const Blocks<E>& w, int64_t group, int64_t first, int64_t n, E* to) {
-  const int64_t columns = w.columns(group), k = gathered<E>(columns);
-  const void* const from = element(p.weight.dtype, p.a, first * p.a_row_stride + group * kColumns);
-  if constexpr (!kIsPair<E>) {
-    pack_operand(p.weight.dtype, from, 1, p.a_row_stride, k, n, to);
-  } else {
+void gather(const Blocks<E>& w, int64_t group, int64_t step, int64_t begin, int64_t n, E* to) {
+  for (int64_t j = 0; j < w.columns(group); j += kPanelColumns<E>) {
+    const int64_t width = padded<E>(minimum(kPanelColumns<E>, w.columns(group) - j));
+    const E* const from = w.block(group, step) + j * w.depth(step) + begin / kUnit<E> * width;
+    if (width == kPanelColumns<E>) {
+      gather_panel(from, std::integral_constant<int64_t, kPanelColumns<E>>{}, n, to + gathered<E>(j));
+    } else {
+      gather_panel(from, width, n, to + gathered<E>(j));
+    }
+  }
+}
+
+// dy, transposed by groups: a right-hand side for each product with a block, or with a panel of it.
+template <class E>
+class Gradient {
+ public:
+  Gradient(const PackedProduct& p, const Blocks<E>& blocks, int64_t first, int64_t tokens, Scratch& scratch)
+      : w(blocks),
+        n(tokens),
+        width(padded<E>(tokens)),
+        data(scratch.take<E>(w.groups() * gathered<E>(kColumns) * width)) {
+    parallel_for(w.groups(), [&](int64_t group) {
+      const void* const from = element(p.weight.dtype, p.a, first * p.a_row_stride + group * kColumns);
+      for (int64_t j = 0; j < w.columns(group); j += kPart) {
+        const int64_t columns = minimum(kPart, w.columns(group) - j);
+        if constexpr (!kIsPair<E>) {
+          pack_operand(p.weight.dtype, element(p.weight.dtype, from, j), 1, p.a_row_stride, columns, n, part(group, j));
+        } else {
+          pack_ordered(static_cast<const BFloat16*>(from), p.a_row_stride, columns, part(group, j));
+        }
+      }
+    });
+  }
+
+  // The columns from group * kColumns + j on.
+  E* part(int64_t group, int64_t j) const { return data + (group * gathered<E>(kColumns) + gathered<E>(j)) * width; }
+
+  static constexpr int64_t kPart = kReadsPanels<E> ? kPanelColumns<E> : kColumns;
+
+ private:
+  // In the order in which gather pairs the outputs.
+  void pack_ordered(const BFloat16* from, int64_t row_stride, int64_t columns, BFloat16Pair* to) const {
     constexpr int64_t N = kLanes<E>;
+    const int64_t k = gathered<E>(columns);
     Scratch local;
     BFloat16* const rows = local.take<BFloat16>(n * 2 * k);
     for (int64_t i = 0; i < n; ++i) {
-      const BFloat16* const row = static_cast<const BFloat16*>(from) + i * p.a_row_stride;
+      const BFloat16* const row = from + i * row_stride;
       BFloat16* const ordered = rows + i * 2 * k;
       for (int64_t c = 0; c < k; ++c) {
         const int64_t low = c / N * 2 * N + c % N;
@@ -191,50 +245,83 @@ void pack_gradient(const PackedProduct& p, const Blocks<E>& w, int64_t group, in
     }
     pack_operand(DType::bf16, rows, 1, 2 * k, 2 * k, n, to);
   }
+
+  const Blocks<E>& w;
+  const int64_t n, width;
+  E* const data;
+};
+
+// sums (inputs, tokens) (+)= a block times dy, all of dy's rows.
+template <class E>
+void add_block(const Blocks<E>& w, int64_t group, int64_t step, const Gradient<E>& gradient, int64_t tokens,
+               SumOf<E>* sums, int64_t width, Mode mode) {
+  const int64_t inputs = w.inputs(step), columns = w.columns(group);
+  const Ahead ahead = w.ahead(group + 1, step);
+  if constexpr (kReadsPanels<E>) {
+    const int64_t count = ceil_div(columns, kPanelColumns<E>);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t j = i * kPanelColumns<E>, n = minimum(kPanelColumns<E>, columns - j);
+      gemm(inputs, tokens, n, w.block(group, step) + j * inputs, padded<E>(n), 1, gradient.part(group, j), sums, width,
+           i == 0 ? mode : Mode::accumulate, ahead.share(i, count));
+    }
+  } else {
+    Scratch scratch;
+    E* const rows = scratch.take<E>(kGatheredInputs<E> * kGatheredStride<E>);
+    const int64_t count = ceil_div(inputs, kGatheredInputs<E>);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t begin = i * kGatheredInputs<E>, n = minimum(kGatheredInputs<E>, inputs - begin);
+      gather(w, group, step, begin, n, rows);
+      gemm(n, tokens, gathered<E>(columns), rows, kGatheredStride<E>, 1, gradient.part(group, 0), sums + begin * width,
+           width, mode, ahead.share(i, count));
+    }
+  }
 }
 
 template <class E>
 void multiply(const PackedProduct& p) {
   using T = SumOf<E>;
   const Blocks<E> w(p.weight);
-  const bool few = !kIsPair<E> && p.rows <= kFewTokens;
   for (int64_t first = 0; first < p.rows; first += kTokens) {
     const int64_t tokens = minimum(kTokens, p.rows - first), width = padded<E>(tokens);
     Scratch scratch;
-    E* gradient = nullptr;
-    if (!few) {
-      gradient = scratch.take<E>(w.groups() * gathered<E>(kColumns) * width);
-      parallel_for(w.groups(), [&](int64_t group) {
-        pack_gradient(p, w, group, first, tokens, gradient + group * gathered<E>(kColumns) * width);
-      });
-    }
+    const Gradient<E> gradient(p, w, first, tokens, scratch);
     parallel_for(w.steps(), [&](int64_t step) {
-      const int64_t inputs = w.inputs(step), input = step * kDepth * kUnit<E>, wide = padded<T>(inputs);
+      const int64_t inputs = w.inputs(step), wide = padded<T>(inputs);
       Scratch local;
-      E* const rows = local.take<E>(inputs * kGatheredStride<E>);
-      T* const sums = local.take<T>(inputs * width + tokens * wide);
-      T* const result = sums + inputs * width;
+      T* const sums = local.take<T>(inputs * width);
+      T* const turned = local.take<T>(tokens * wide);
       for (int64_t group = 0; group < w.groups(); ++group) {
-        const int64_t k = gathered<E>(w.columns(group));
-        const Mode mode = group == 0 ? Mode::overwrite : Mode::accumulate;
-        gather(w, group, step, rows);
-        if constexpr (!kIsPair<E>) {
-          if (few) {
-            const E* const dy = static_cast<const E*>(p.a) + first * p.a_row_stride + group * kColumns;
-            dot_rows(tokens, inputs, k, dy, p.a_row_stride, p.weight.dtype, rows, kGatheredStride<E>, result, wide,
-                     mode);
-            continue;
-          }
-        }
-        gemm(inputs, tokens, k, rows, kGatheredStride<E>, 1, gradient + group * gathered<E>(kColumns) * width, sums,
-             width, mode, w.ahead(group + 1, step));
+        add_block(w, group, step, gradient, tokens, sums, width, group == 0 ? Mode::overwrite : Mode::accumulate);
       }
-      for (int64_t i = 0; !few && i < inputs; i += kLanes<T>) {
-        pack_transposed(sums + i * width, width, tokens, minimum<int64_t>(kLanes<T>, inputs - i), result + i, wide);
+      for (int64_t i = 0; i < inputs; i += kLanes<T>) {
+        pack_transposed(sums + i * width, width, tokens, minimum<int64_t>(kLanes<T>, inputs - i), turned + i, wide);
       }
-      for (int64_t i = 0; i < tokens; ++i) add_row<E>(p, first + i, input, result + i * wide, inputs);
+      for (int64_t i = 0; i < tokens; ++i)
+        add_row<E>(p, first + i, step * kDepth * kUnit<E>, turned + i * wide, inputs);
     });
   }
+}
+
+// The same for so few tokens that vectors of them would be empty: the vectors run over outputs.
+template <class T>
+void multiply_few(const PackedProduct& p) {
+  const Blocks<T> w(p.weight);
+  parallel_for(w.steps(), [&](int64_t step) {
+    const int64_t inputs = w.inputs(step);
+    Scratch local;
+    T* const rows = local.take<T>(kGatheredInputs<T> * kGatheredStride<T>);
+    T* const sums = local.take<T>(p.rows * inputs);
+    for (int64_t group = 0; group < w.groups(); ++group) {
+      const T* const dy = static_cast<const T*>(p.a) + group * kColumns;
+      for (int64_t begin = 0; begin < inputs; begin += kGatheredInputs<T>) {
+        const int64_t n = minimum(kGatheredInputs<T>, inputs - begin);
+        gather(w, group, step, begin, n, rows);
+        dot_rows(p.rows, n, w.columns(group), dy, p.a_row_stride, p.weight.dtype, rows, kGatheredStride<T>,
+                 sums + begin, inputs, group == 0 ? Mode::overwrite : Mode::accumulate);
+      }
+    }
+    for (int64_t i = 0; i < p.rows; ++i) add_row<T>(p, i, step * kDepth, sums + i * inputs, inputs);
+  });
 }
 
 // f(E{}) for what the products of this dtype multiply; not called where there is none.
@@ -273,7 +360,11 @@ void packed_product(const PackedProduct& p) {
   if (p.rows == 0) return;
   visit_operand(p.weight.dtype, [&](auto e) {
     using E = decltype(e);
-    p.transpose ? multiply_by_transpose<E>(p) : multiply<E>(p);
+    if (p.transpose) return multiply_by_transpose<E>(p);
+    if constexpr (!kIsPair<E>) {
+      if (p.rows <= kFewTokens) return multiply_few<E>(p);
+    }
+    multiply<E>(p);
   });
 }
 

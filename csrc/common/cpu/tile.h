@@ -39,23 +39,38 @@ constexpr int64_t kTileRows = 6;
 
 enum class Mode { overwrite, accumulate };
 
-// Memory that is read next, `lines` cache lines from `next` on, for a product to fetch into the second cache while it
-// computes. What a product streams from memory, it would wait for: no prefetcher of the machine goes past the end of a page.
+// Memory that is read next, for a product to fetch into the second cache while it computes. What a product streams from
+// memory, it would wait for: no prefetcher of the machine goes past the end of a page. The requests are spread evenly over
+// the product, or they would stand in the way of its own (both measured: at 64 rows 150 and 171 GFLOP/s, without 120).
 struct Ahead {
   const char* next = nullptr;
-  int64_t lines = 0;
+  int64_t bytes = 0, pace = 0;
 
   Ahead() = default;
-  Ahead(const void* data, int64_t bytes) : next(static_cast<const char*>(data)), lines(bytes / kLine) {}
-  // Where the next `count` lines begin; null when there are none left.
-  const char* take(int64_t count) {
-    if (lines <= 0) return nullptr;
+  Ahead(const void* data, int64_t size) : next(static_cast<const char*>(data)), bytes(size) {}
+
+  // The share of one product out of `count`.
+  Ahead share(int64_t index, int64_t count) const {
+    const int64_t begin = bytes * index / count;
+    return {next + begin, bytes * (index + 1) / count - begin};
+  }
+  // By how many bytes a step has to go on that so many steps see all of it; up to most_lines cache lines.
+  void spread(int64_t steps, int64_t most_lines) {
+    pace = minimum(ceil_div(bytes, maximum<int64_t>(steps, 1)), most_lines * kLine);
+  }
+  // Where `steps` steps begin; null when there is nothing left.
+  const char* take(int64_t steps) {
+    if (bytes <= 0) return nullptr;
     const char* const here = next;
-    next += count * kLine;
-    lines -= count;
+    next += steps * pace;
+    bytes -= steps * pace;
     return here;
   }
 };
+inline void prefetch_to_second_cache(const char* address) {
+  constexpr int kRead = 0, kSecondCache = 2;
+  __builtin_prefetch(address, kRead, kSecondCache);
+}
 
 // n rounded up to whole vectors: the least row stride of a C of n columns.
 template <class T>

@@ -80,9 +80,6 @@ inline void unroll(std::integer_sequence<int, I...>, const Call& call) {
   (call(std::integral_constant<int, I>{}), ...);
 }
 
-// Of what is ahead, fetched between two steps along k.
-constexpr int64_t kLinesPerStep = 16;
-
 // A block of C, Rows x Columns tiles, (+)= A B over `steps` tiles along k.
 template <int Rows, int Columns>
 void tile_block(int64_t steps, TiledRows a, const BFloat16Pair* b, int64_t b_row, float* c, int64_t ldc, Mode mode,
@@ -101,8 +98,8 @@ void tile_block(int64_t steps, TiledRows a, const BFloat16Pair* b, int64_t b_row
     });
   });
   for (int64_t l = 0; l < steps; ++l) {
-    if (const char* const line = ahead.take(kLinesPerStep)) {
-      for (int64_t i = 0; i < kLinesPerStep; ++i) __builtin_prefetch(line + i * kLine, 0, kSecondCache);
+    if (const char* const lines = ahead.take(1)) {
+      for (int64_t i = 0; i < ahead.pace; i += kLine) prefetch_to_second_cache(lines + i);
     }
     if constexpr (Columns <= 2) {
       unroll(kColumns, [&](auto j) { load_tile<6 + j>(b + j * kTileSide, b_bytes); });
@@ -169,6 +166,8 @@ constexpr int64_t kRowsForTiles = 4;
 void gemm_on_tiles(int64_t m, int64_t n, int64_t k, const BFloat16Pair* a, int64_t a_row, int64_t a_col,
                    const BFloat16Pair* panels, float* c, int64_t ldc, Mode mode, Ahead ahead) {
   const bool transposed = a_col != 1;
+  // about so many passes through the loop of tile_block, which take as long as a few lines
+  ahead.spread(maximum<int64_t>(1, ceil_div(m, kTileSide) * ceil_div(n, kTileSide) / 4) * ceil_div(k, kTileSide), 64);
   alignas(64) BFloat16Pair block[kTransposedRows * kTransposedPairs];
   const int64_t most_rows = transposed ? kTransposedRows : m, most_pairs = transposed ? kTransposedPairs : k;
   for (int64_t l0 = 0; l0 < k; l0 += most_pairs) {

@@ -49,12 +49,12 @@ struct Product<BFloat16Pair> {
 };
 #endif
 
-// C[Rows, Vectors] (+)= A[Rows, k] B[k, Vectors]; b_row is the row stride of B; with every k a line `ahead` is asked for, if
-// there is one. Every loop over `sums` must be unrolled in full, or gcc
+// C[Rows, Vectors] (+)= A[Rows, k] B[k, Vectors]; b_row is the row stride of B; with every k memory `ahead` is asked for, if
+// there is any, and the address moved on by `pace`. Every loop over `sums` must be unrolled in full, or gcc
 // leaves the array on the stack (measured: 38 instead of 110 GFLOP/s).
 template <class T, int Rows, int Vectors>
 void tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, SumOf<T>* c, int64_t ldc,
-          Mode mode, const char* ahead) {
+          Mode mode, const char* ahead, int64_t pace) {
   constexpr int N = kLanes<T>;
   using P = Product<T>;
   using Sum = Vec<SumOf<T>>;
@@ -68,8 +68,8 @@ void tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64
   const T* a_low = Rows > 6 ? a + 6 * a_row : a;
   for (int64_t l = 0; l < k; ++l) {
     if (ahead != nullptr) {
-      __builtin_prefetch(ahead, 0, kSecondCache);
-      ahead += kLine;
+      prefetch_to_second_cache(ahead);
+      ahead += pace;
     }
     typename P::Row row[Vectors];
 #pragma GCC unroll 16
@@ -96,7 +96,7 @@ void tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64
 
 template <class T>
 using TileFunction = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, SumOf<T>*, int64_t, Mode,
-                              const char*);
+                              const char*, int64_t);
 
 // tile<T, rows, Vectors> for rows = 1 .. tile_rows(Vectors), at [rows - 1].
 template <class T, int Vectors, class Rows = std::make_integer_sequence<int, tile_rows(Vectors)>>
@@ -117,7 +117,8 @@ void panel_product(int64_t width, int64_t m, int64_t k, const T* a, int64_t a_ro
   }
   for (int64_t chunks = ceil_div(m, tile_rows(Vectors)); chunks > 0; --chunks) {
     const int64_t rows = ceil_div(m, chunks);
-    TileTable<T, Vectors>::functions[rows - 1](k, a, a_row, a_col, panel, b_row, c, ldc, mode, ahead.take(k));
+    TileTable<T, Vectors>::functions[rows - 1](k, a, a_row, a_col, panel, b_row, c, ldc, mode, ahead.take(k),
+                                               ahead.pace);
     m -= rows;
     a += rows * a_row;
     c += rows * ldc;
@@ -137,6 +138,9 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_
     }
   }
 #endif
+  const int64_t tiles =
+      ceil_div(n, kPanelColumns<T>) * ceil_div(m, tile_rows(minimum<int64_t>(ceil_div(n, kLanes<T>), kPanelVectors)));
+  ahead.spread(tiles * k, 1);
   for (int64_t k0 = 0; k0 < k; k0 += kKBlock) {
     const Mode block_mode = k0 == 0 ? mode : Mode::accumulate;
     for (int64_t j = 0; j < n; j += kPanelColumns<T>) {
