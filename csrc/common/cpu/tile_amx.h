@@ -167,7 +167,10 @@ void gemm_on_tiles(int64_t m, int64_t n, int64_t k, const BFloat16Pair* a, int64
                    const BFloat16Pair* panels, float* c, int64_t ldc, Mode mode, Ahead ahead) {
   const bool transposed = a_col != 1;
   // about so many passes through the loop of tile_block, which take as long as a few lines
-  ahead.spread(maximum<int64_t>(1, ceil_div(m, kTileSide) * ceil_div(n, kTileSide) / 4) * ceil_div(k, kTileSide), 64);
+  if (ahead.bytes > 0) {
+    const int64_t blocks = maximum<int64_t>(1, ceil_div(m, kTileSide) * ceil_div(n, kTileSide) / 4);
+    ahead.spread(blocks * ceil_div(k, kTileSide), 64);
+  }
   alignas(64) BFloat16Pair block[kTransposedRows * kTransposedPairs];
   const int64_t most_rows = transposed ? kTransposedRows : m, most_pairs = transposed ? kTransposedPairs : k;
   for (int64_t l0 = 0; l0 < k; l0 += most_pairs) {

@@ -66,8 +66,9 @@ void tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64
   }
   // Two pointers into A: the multiples of a_row for twelve rows do not fit the registers for addresses.
   const T* a_low = Rows > 6 ? a + 6 * a_row : a;
+  const bool fetches = ahead != nullptr;
   for (int64_t l = 0; l < k; ++l) {
-    if (ahead != nullptr) {
+    if (fetches) {
       prefetch_to_second_cache(ahead);
       ahead += pace;
     }
@@ -138,9 +139,10 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_
     }
   }
 #endif
-  const int64_t tiles =
-      ceil_div(n, kPanelColumns<T>) * ceil_div(m, tile_rows(minimum<int64_t>(ceil_div(n, kLanes<T>), kPanelVectors)));
-  ahead.spread(tiles * k, 1);
+  if (ahead.bytes > 0) {
+    const int vectors = static_cast<int>(minimum<int64_t>(ceil_div(n, kLanes<T>), kPanelVectors));
+    ahead.spread(ceil_div(n, kPanelColumns<T>) * ceil_div(m, tile_rows(vectors)) * k, 1);
+  }
   for (int64_t k0 = 0; k0 < k; k0 += kKBlock) {
     const Mode block_mode = k0 == 0 ? mode : Mode::accumulate;
     for (int64_t j = 0; j < n; j += kPanelColumns<T>) {
