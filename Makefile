@@ -12,6 +12,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # AdapterHub needs a transformers of its own, 4.57, and so an environment of its own.
 ADAPTERS ?= adapters>=1.3,<1.4
+# The oldest Triton that the kernels are tested with, in that environment too; its interpreter wants an older NumPy.
+OLDEST_TRITON ?= triton==3.6.0 numpy<2.4
 WORKERS ?= 2
 # Levels of instruction set whose memory accesses are checked. (Threads are used alike on all.)
 SANITIZED_LEVELS ?= $(if $(filter x86_64 amd64,$(shell uname -m)),baseline;avx2;avx512_bf16;amx_bf16,baseline)
@@ -25,6 +27,7 @@ jobs := $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
 # Named one by one: a suite that cannot run there is an error, not a skip.
 adapters_tests := $(addprefix python_tests/,docs/test_guides.py $(addprefix integrations/test_,adapters.py \
   transformers4.py transformers_upstream.py transformers_blocks.py torch_nn.py))
+triton_tests := python_tests/triton_backend $(wildcard python_tests/*/test_triton.py)
 say = @printf '\n==> %s\n'
 
 .PHONY: help test bench lint format cross library clean
@@ -69,7 +72,7 @@ $(VENV)/.install-%: pyproject.toml setup.py $(VENV)/.build_tools | library
 $(VENV)-adapters/.install: $(VENV)/.torch
 	$(say) 'Environment $(VENV)-adapters, with $(ADAPTERS)'
 	$(PYTHON) -m venv $(VENV)-adapters
-	$(VENV)-adapters/bin/pip --disable-pip-version-check install $(TORCH) '$(ADAPTERS)' peft pytest
+	$(VENV)-adapters/bin/pip --disable-pip-version-check install $(TORCH) '$(ADAPTERS)' peft pytest pytest-xdist $(patsubst %,'%',$(OLDEST_TRITON))
 	@touch $@
 
 # ---- the two commands ----
@@ -97,8 +100,8 @@ test: $(VENV)/.install-test $(VENV)-adapters/.install library
 	$(ctest) --test-dir build/thread
 	$(say) 'Python tests'
 	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS)
-	$(say) 'Python tests with AdapterHub and transformers 4.57'
-	OMP_NUM_THREADS=1 $(VENV)-adapters/bin/python -m pytest $(adapters_tests)
+	$(say) 'Python tests with AdapterHub, transformers 4.57 and the oldest Triton'
+	OMP_NUM_THREADS=1 $(VENV)-adapters/bin/python -m pytest -n $(WORKERS) $(adapters_tests) $(triton_tests)
 
 # ---- for those who change the code ----
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from lwft_kernels import functional as LF
 
-from .case import Arguments, Case, Family, Run, compiled, normal
+from .case import Arguments, Case, Family, Run, compiled, normal, overhead
+
+BOTH, HALF = ("float32", "bfloat16"), ("bfloat16",)
 
 
 def _case(
@@ -25,6 +27,7 @@ def _case(
         preset,
         dtypes,
         curve,
+        beside=overhead(tokens * width),
     )
 
 
@@ -33,13 +36,19 @@ CASES = (
     _case("smoke", 5, 24, 8, dropout_p=0.5),
     _case("quick", 1, 768, 64, curve=("d=768 m=64", "T")),
     _case("quick", 128, 768, 64, curve=("d=768 m=64", "T")),
-    _case("quick", 4096, 768, 64, dtypes=("float32", "bfloat16"), curve=("d=768 m=64", "T")),
+    _case("quick", 4096, 768, 64, dtypes=BOTH, curve=("d=768 m=64", "T")),
     _case("quick", 4096, 768, 64, norm=True, dropout_p=0.1),
-    *(_case("full", t, 768, 64, curve=("d=768 m=64", "T")) for t in (4, 16, 512, 2048)),
-    *(_case("full", 4096, 768, m, curve=("d=768 T=4096", "m")) for m in (16, 256)),
+    *(
+        _case("full", t, 768, 64, dtypes=dtypes, curve=("d=768 m=64", "T"))
+        for t, dtypes in ((4, BOTH), (16, ("float32",)), (128, HALF), (512, BOTH), (2048, ("float32",)))
+    ),
+    *(_case("full", 4096, 768, m, dtypes=BOTH) for m in (16, 256)),
+    *(_case("full", t, 768, m) for t in (4, 128) for m in (16, 256)),
     *(_case("full", t, 4096, 64) for t in (1, 128, 1024)),
-    _case("full", 128, 768, 64, norm=True, dropout_p=0.1, dtypes=("float32", "bfloat16")),
-    _case("full", 1023, 770, 37, norm=True, dropout_p=0.1, dtypes=("float32", "bfloat16")),
+    *(_case("full", t, 768, 64, norm=True, dtypes=BOTH) for t in (128, 4096)),
+    _case("full", 128, 768, 64, norm=True, dropout_p=0.1, dtypes=BOTH),
+    _case("full", 1023, 770, 37, norm=True, dropout_p=0.1, dtypes=BOTH),
+    _case("full", 1, 64, 8),
 )  # fmt: skip
 
 

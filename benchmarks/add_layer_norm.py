@@ -10,7 +10,9 @@ from torch import Tensor
 
 from lwft_kernels import functional as LF
 
-from .case import Arguments, Case, Family, Run, compiled, normal
+from .case import Arguments, Case, Family, Run, compiled, normal, overhead
+
+BOTH = ("float32", "bfloat16")
 
 
 def _case(preset: str, tokens: int, width: int, dropout_p: float = 0.0, dtypes: tuple[str, ...] = ("float32",)) -> Case:
@@ -19,7 +21,8 @@ def _case(preset: str, tokens: int, width: int, dropout_p: float = 0.0, dtypes: 
         {"T": tokens, "d": width, **({"dropout_p": dropout_p} if dropout_p else {})},
         preset,
         dtypes,
-        (f"d={width}, dropout {dropout_p}", "T"),
+        (f"d={width}" + (f" dropout {dropout_p}" if dropout_p else ""), "T"),
+        beside=overhead(tokens * width),
     )
 
 
@@ -27,11 +30,14 @@ CASES = (
     _case("smoke", 5, 24),
     _case("smoke", 5, 24, 0.5),
     _case("quick", 128, 768),
-    _case("quick", 4096, 768, dtypes=("float32", "bfloat16")),
+    _case("quick", 4096, 768, dtypes=BOTH),
     _case("quick", 4096, 768, 0.1),
     *(_case("full", t, 768, p) for t in (1, 16, 1024) for p in (0.0, 0.1)),
-    _case("full", 1024, 4096, 0.1, ("float32", "bfloat16")),
-    _case("full", 1023, 770, 0.1, ("float32", "bfloat16")),
+    *(_case("full", 128, 768, p, t) for p, t in ((0.0, ("bfloat16",)), (0.1, BOTH))),
+    _case("full", 4096, 768, 0.1, ("bfloat16",)),
+    _case("full", 1024, 4096, 0.1, BOTH),
+    _case("full", 1023, 770, 0.1, BOTH),
+    _case("full", 1, 64),
 )
 
 

@@ -13,9 +13,14 @@ from torch import Tensor
 from lwft_kernels import functional as LF
 from lwft_kernels.attention import reference
 
-from .case import Arguments, Case, Family, NotOffered, Run, compiled, normal
+from .case import TINY, Arguments, Beside, Case, Family, NotOffered, Run, compiled, normal, overhead
 
-BOTH = ("float32", "bfloat16")
+BOTH, HALF = ("float32", "bfloat16"), ("bfloat16",)
+
+
+def _without_prefix(a: Arguments) -> Beside:
+    rest = {name: value for name, value in a.items() if name not in ("prefix_k", "prefix_v")}
+    return Beside("the same without a prefix", lambda: LF.attention(**rest), rest)
 
 
 def _case(
@@ -27,7 +32,9 @@ def _case(
     shape = f"({batch}, {heads if kv_heads == heads else f'{heads}/{kv_heads}'}, {queries}, {head_dim})"
     if keys != queries:
         shape += f" x {keys} keys"
-    return Case(f"{name} {shape}", sizes, preset, dtypes, curve, trains=queries > 1)  # decoding is not trained
+    beside = _without_prefix if "prefix" in options else overhead(heads * queries * head_dim)
+    # decoding is not trained
+    return Case(f"{name} {shape}", sizes, preset, dtypes, curve, trains=queries > 1, beside=beside)
 
 
 CASES = (
@@ -48,27 +55,32 @@ CASES = (
         _case("plain", "full", max(1, 1024 // s), 12, s, 64, dtypes=BOTH, curve=("plain, D=64", "S"))
         for s in (256, 512, 1024, 2048)
     ),
-    *(_case("plain", "full", 4, 8, 256, d) for d in (32, 80, 128)),
+    *(_case("plain", "full", 1024 // s, 12, s, d, dtypes=BOTH) for s in (128, 1024) for d in (32, 128)),
+    _case("plain", "full", 4, 12, 256, 80),
     *(
-        _case("causal", "full", max(1, 1024 // s), 12, s, 64, causal=True, dtypes=BOTH, curve=("causal, D=64", "S"))
-        for s in (128, 1024, 2048)
+        _case("causal", "full", max(1, 1024 // s), 12, s, 64, causal=True, dtypes=t, curve=("causal, D=64", "S"))
+        for s, t in ((128, BOTH), (256, BOTH), (512, HALF), (1024, BOTH), (2048, BOTH))
     ),
-    _case("dropout 0.1", "full", 8, 12, 512, 64, dropout_p=0.1, dtypes=BOTH),
+    *(_case("dropout 0.1", "full", 8, 12, s, 64, dropout_p=0.1, dtypes=t) for s, t in ((128, HALF), (512, BOTH))),
     _case("causal dropout 0.1", "full", 2, 12, 512, 64, causal=True, dropout_p=0.1),
-    _case("bias gradient", "full", 8, 12, 512, 64, bias=True, dtypes=BOTH),
+    *(_case("bias gradient", "full", 8, 12, s, 64, bias=True, dtypes=t) for s, t in ((128, HALF), (512, BOTH))),
     _case("window 128", "full", 1, 12, 2048, 64, causal=True, window=128),
     _case("softcap 50", "full", 4, 8, 256, 64, softcap=50.0),
-    _case("prefix 20 causal", "full", 2, 12, 512, 64, prefix=20, causal=True),
+    _case("prefix 20", "full", 8, 12, 128, 64, prefix=20, dtypes=HALF),
+    _case("prefix 20 causal", "full", 2, 12, 512, 64, prefix=20, causal=True, dtypes=BOTH),
+    _case("GQA causal", "full", 1, 32, 512, 128, kv_heads=8, causal=True, dtypes=BOTH),
     _case("cross", "full", 8, 12, 37, 64, keys=517),
     _case("ugly sizes", "full", 3, 5, 131, 33, dtypes=BOTH),
     _case("ugly causal", "full", 2, 7, 509, 80, causal=True),
     *(
-        _case("decode", "full", 1, 32, 1, 128, keys=n, dtypes=BOTH, curve=("decode", "L")) for n in (512, 2048, 8192)
+        _case("decode", "full", 1, 32, 1, 128, keys=n, dtypes=t, curve=("decode", "L"))
+        for n, t in ((512, BOTH), (2048, BOTH), (4096, (*BOTH, "float16")), (8192, BOTH))
     ),
     *(
-        _case("decode GQA", "full", 1, 32, 1, 128, kv_heads=8, keys=n, dtypes=BOTH, curve=("decode GQA", "L"))
-        for n in (512, 2048, 8192)
+        _case("decode GQA", "full", 1, 32, 1, 128, kv_heads=8, keys=n, dtypes=t, curve=("decode GQA", "L"))
+        for n, t in ((512, BOTH), (2048, BOTH), (4096, (*HALF, "float16")), (8192, BOTH))
     ),
+    _case("tiny", "full", 1, 1, 2, TINY // 2),
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,22 @@ Run = Callable[[], Tensor]
 
 # The smallest preset that holds a case. "smoke" is for tests: its sizes are too small to mean anything.
 PRESETS = ("smoke", "quick", "full")
+TINY = 64  # elements of a call that is nothing but overhead
 
 
 class NotOffered(Exception):
     """A provider cannot compute a case; the message says why."""
+
+
+class Beside(NamedTuple):
+    """A call that computes something else, timed in the same rounds: what ours is told against beside its peers.
+
+    `arguments` are those whose leaves its backward differentiates.
+    """
+
+    name: str
+    run: Run
+    arguments: Arguments
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,7 @@ class Case:
         dtypes: the dtypes it is timed in unless the command line names some.
         curve: the name of the scaling curve it is a point of, and the size that varies.
         trains: whether it has a backward; decoding and serving have none.
+        beside: makes the call that our time is told against beside the peers.
     """
 
     name: str
@@ -39,6 +52,7 @@ class Case:
     dtypes: tuple[str, ...] = ("float32",)
     curve: tuple[str, str] | None = None
     trains: bool = True
+    beside: Callable[[Arguments], Beside] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,16 @@ def leaves(arguments: Arguments) -> dict[str, Tensor]:
         if isinstance(value, Tensor) and value.requires_grad:
             found.setdefault(id(value), (name, value))
     return dict(found.values())
+
+
+def overhead(elements: int) -> Callable[[Arguments], Beside] | None:
+    """The `beside` of a case of so many elements: where a call is nothing but overhead, that of one eager op."""
+    return _one_eager_op if elements == TINY else None
+
+
+def _one_eager_op(a: Arguments) -> Beside:
+    x: Tensor = next(iter(a.values()))
+    return Beside("one eager op, x * 2", lambda: x * 2.0, {"x": x})
 
 
 def normal(

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import machine, report, results
+from . import curves as scaling
+from . import machine, report, results, session
 from . import plot as plotting
 from . import run as running
 from .case import PRESETS
 
 PROVIDERS = (*report.PEERS, results.OURS)
-MIN_TIME = {"smoke": 0.001, "quick": 0.15, "full": 0.5}  # seconds of timing per provider and row
-NO_COMPILE = "left out of this preset, compiling takes minutes; --preset full or --providers has it"
+MIN_TIME = {"smoke": 0.001, "quick": 0.15, "full": 0.25}  # seconds of timing per provider and row
+NO_COMPILE = "left out, compiling takes minutes; `run --preset full` or --providers has it"
+LEFT_OUT = "left out by --without"
 LEAST_WIDTH = 165  # of a table that goes to a file
 
 
@@ -66,7 +69,7 @@ def _joined(_: click.Context, __: click.Parameter, value: tuple[tuple[str, ...],
 
 def _counts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
     if value is None:
-        return (torch.get_num_threads(),)
+        return ()
     try:
         counts = tuple(int(part) for part in value.split(","))
     except ValueError:
@@ -83,83 +86,101 @@ def _words_option(flag: str, name: str, words: tuple[str, ...], help: str) -> An
 _PATH = click.Path(path_type=Path, dir_okay=False)
 
 
-@main.command()
-@click.argument("families", nargs=-1, type=click.Choice([*running.FAMILIES, "all"]))
-@click.option("--preset", type=click.Choice(PRESETS), default="quick", show_default=True)
-@_words_option("--dtype", "dtypes", running.DTYPES, "Default: by case.")
-@_words_option("--mode", "modes", running.MODES, "Forward, forward and backward. Default: both.")
-@click.option("--threads", callback=_counts, help="CPU threads, as 1,2. Default: torch's.")
-@_words_option("--providers", "providers", PROVIDERS, "Default: all.")
-@click.option("--seed", default=0, show_default=True, help="Of the arguments.")
-@click.option(
-    "--min-time",
-    type=click.FloatRange(min=0.0),
-    help="Seconds of timing per provider and row. Default: by preset.",
-)
-@click.option("--json", "json_path", type=_PATH, default=Path("results/run.json"), show_default=True)
-@click.option("--csv", "csv_path", type=_PATH, help="Also write CSV.")
-@click.option("--png", "png_path", type=_PATH, help="The picture of `plot`. Default: beside the JSON.")
-def run(
-    families: tuple[str, ...],
+def _measuring(json_path: str) -> Callable[[Any], Any]:
+    """The arguments and options of the commands that measure: those of `_measured`."""
+    decorators = (
+        click.argument("families", nargs=-1, type=click.Choice([*running.FAMILIES, "all"])),
+        _words_option("--dtype", "dtypes", running.DTYPES, "Default: by case."),
+        _words_option("--mode", "modes", running.MODES, "Forward, forward and backward. Default: both."),
+        click.option("--threads", callback=_counts, help="CPU threads, as 1,2."),
+        _words_option("--providers", "providers", PROVIDERS, "Default: all."),
+        _words_option("--without", "without", PROVIDERS, "Providers to leave out; compile takes the longest."),
+        click.option("--seed", default=0, show_default=True, help="Of the arguments."),
+        click.option(
+            "--min-time",
+            type=click.FloatRange(min=0.0),
+            help="Seconds of timing per provider and row. Default: by preset.",
+        ),
+        click.option("--json", "json_path", type=_PATH, default=Path(json_path), show_default=True),
+        click.option("--csv", "csv_path", type=_PATH, help="Also write CSV."),
+        click.option("--png", "png_path", type=_PATH, help="The picture of `plot`. Default: beside the JSON."),
+    )
+
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+def _measured(
+    plans: Callable[..., list[running.Plan]],
     preset: str,
+    tables: Callable[[list[results.Row], Console], None] | None = None,
+    *,
+    families: tuple[str, ...],
     dtypes: tuple[str, ...],
     modes: tuple[str, ...],
     threads: tuple[int, ...],
     providers: tuple[str, ...],
+    without: tuple[str, ...],
     seed: int,
     min_time: float | None,
     json_path: Path,
     csv_path: Path | None,
     png_path: Path | None,
 ) -> None:
-    """Check, then time the ops of FAMILIES (default: all).
-
-    Every provider is first held to a float64 oracle; one that is wrong is not timed, and if it is ours the exit status
-    is 1. Providers are timed in turn, and nothing is judged by its time.
-    """
+    """Measure what `plans` makes of the words of the command line; print `tables` below those of the ops."""
     console = Console(width=None if sys.stdout.isatty() else LEAST_WIDTH)
     chosen = tuple(running.FAMILIES) if not families or "all" in families else tuple(dict.fromkeys(families))
     absent = {"compile": NO_COMPILE} if preset != "full" and not providers else {}
-    asked = providers or tuple(name for name in PROVIDERS if name not in absent)
-    planned = running.plans(chosen, preset, dtypes, modes or running.MODES, threads, asked)
+    absent |= dict.fromkeys(without, LEFT_OUT)
+    asked = tuple(name for name in providers or PROVIDERS if name not in absent)
+    planned = plans(families=chosen, dtypes=dtypes, modes=modes or running.MODES, threads=threads, providers=asked)
     if not planned:
-        raise click.UsageError(f"none of {', '.join(chosen)} has a provider {', '.join(asked)}")
+        raise click.UsageError(f"no row of {', '.join(chosen)} has a provider of {', '.join(asked) or 'none'}")
     environment = machine.environment()
     environment["peaks"] = machine.peaks(
         tuple(getattr(torch, name) for name in dict.fromkeys(plan.dtype for plan in planned))
     )
-    found: list[results.Row] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task(_next(planned, 0), total=len(planned))
-        for row in running.rows(planned, asked, seed, MIN_TIME[preset] if min_time is None else min_time):
-            found.append(row)
-            progress.update(bar, advance=1, description=_next(planned, len(found)))
-    for op in dict.fromkeys(row.op for row in found):
-        report.print_table([row for row in found if row.op == op], console, absent)
+    files = session.Files(json_path, csv_path, png_path or json_path.with_suffix(".png"))
+    least = MIN_TIME[preset] if min_time is None else min_time
+    found = session.measure(planned, asked, absent, seed, least, environment, files, console)
     console.print(report.LEGEND, style="dim", highlight=False)
-    command = " ".join(["lwft-bench", *sys.argv[1:]])
-    png_path = png_path or json_path.with_suffix(".png")
-    whole = results.Report(command, seed, environment, found)
-    for path in (json_path, csv_path):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-    whole.write_json(json_path)
-    if csv_path is not None:
-        whole.write_csv(csv_path)
-    plotting.draw(whole, png_path)
-    written = ", ".join(str(path) for path in (json_path, csv_path, png_path) if path is not None)
-    console.print(f"seed {seed}; written: {written}", highlight=False, soft_wrap=True)
+    if tables is not None:
+        tables(found, console)
+    report.print_summary(found, console)
+    console.print(f"seed {seed}; written: {files}", highlight=False, soft_wrap=True)
     ours = [row.results[results.OURS] for row in found if results.OURS in row.results]
     if any(result.status in (results.WRONG, results.FAILED) for result in ours):
         raise SystemExit(1)
 
 
-def _next(planned: list[running.Plan], done: int) -> str:
-    if done == len(planned):
-        return "done"
-    plan = planned[done]
-    return f"{plan.family.op}: {plan.case.name}, {plan.dtype}, {plan.mode}"
+@main.command()
+@click.option("--preset", type=click.Choice(PRESETS), default="quick", show_default=True)
+@_measuring("results/run.json")
+def run(preset: str, threads: tuple[int, ...], **words: Any) -> None:
+    """Check, then time the ops of FAMILIES (default: all), with the threads of torch's default.
+
+    Every provider is first held to a float64 oracle; one that is wrong is not timed, and if it is ours the exit status
+    is 1. Providers are timed in turn, and nothing is judged by its time. Tables are printed and files written op by op:
+    an interrupted run leaves what it has.
+    """
+    plans = functools.partial(running.plans, preset=preset)
+    _measured(plans, preset, threads=threads or (torch.get_num_threads(),), **words)
+
+
+@main.command()
+@_measuring("results/curves.json")
+def curves(threads: tuple[int, ...], **words: Any) -> None:
+    """Show how the ops of FAMILIES (default: all) scale with tokens, sequence length, keys and threads.
+
+    The sizes are those of `run --preset full` that lie on a curve, timed with the most threads, the largest with every
+    count of --threads (default: 1, 2, 4 ... up to torch's). The cost of a token must not grow.
+    """
+    counts = threads or running.thread_counts(torch.get_num_threads())
+    _measured(running.curve_plans, "quick", scaling.print_tables, threads=counts, **words)
 
 
 @main.command()

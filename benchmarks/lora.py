@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lwft_kernels import functional as LF
 from lwft_kernels.lowrank.packed_weight import PackedWeight
 
-from .case import Arguments, Case, Family, NotOffered, Run, compiled, normal
+from .case import Arguments, Case, Family, NotOffered, Run, compiled, normal, overhead
 
 BOTH = ("float32", "bfloat16")
 SCALE = 2.0
@@ -35,7 +35,7 @@ def _case(
     if prepacked:
         sizes["prepacked"] = True
         name += " prepacked"
-    return Case(name, sizes, preset, dtypes, curve)
+    return Case(name, sizes, preset, dtypes, curve, beside=overhead(tokens * width))
 
 
 def _serving(preset: str, batch: int, tokens: int, width: int, rank: int, adapters: int) -> Case:
@@ -55,15 +55,17 @@ CASES = (
     _case("quick", 1024, 768, 16, curve=("d=768 r=16", "T")),
     _case("quick", 1024, 768, 16, dropout_p=0.1, dtypes=BOTH),
     *(_case("full", t, 768, 16, curve=("d=768 r=16", "T")) for t in (4, 16, 4096)),
-    *(_case("full", 1024, 768, r, curve=("d=768 T=1024", "r")) for r in (4, 64)),
-    *(_case("full", t, 4096, 16) for t in (1, 16, 128)),
+    *(_case("full", 1024, 768, r) for r in (4, 64)),
+    *(_case("full", t, 768, 16, dtypes=("bfloat16",)) for t in (128, 1024)),
+    *(_case("full", t, 4096, 16, dtypes=BOTH) for t in (1, 16, 128)),
     *(_case("full", t, 4096, 16, prepacked=True, dtypes=BOTH) for t in (16, 64, 128)),
     *(_case("full", t, 768, 16, dropout_p=0.1, dtypes=BOTH) for t in (16, 128, 4096)),
-    _case("full", 128, 4096, 16, dropout_p=0.1),
+    _case("full", 128, 4096, 16, dropout_p=0.1, dtypes=BOTH),
     _case("full", 1024, 768, 16, dropout_p=0.1, float32_adapter=True, dtypes=("bfloat16",)),  # PEFT's default
     _case("full", 77, 1000, 7, width_out=333, dropout_p=0.1, dtypes=BOTH),
     _serving("full", 8, 1, 768, 16, 8),
     _serving("full", 8, 128, 768, 16, 8),
+    _case("full", 1, 64, 4),
 )  # fmt: skip
 
 

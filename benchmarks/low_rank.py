@@ -8,7 +8,9 @@ from torch import Tensor
 
 from lwft_kernels import functional as LF
 
-from .case import Arguments, Case, Family, Run, compiled, normal
+from .case import Arguments, Case, Family, Run, compiled, normal, overhead
+
+BOTH = ("float32", "bfloat16")
 
 
 def _case(preset: str, tokens: int, width: int, rank: int, *, dtypes: tuple[str, ...] = ("float32",)) -> Case:
@@ -18,17 +20,22 @@ def _case(preset: str, tokens: int, width: int, rank: int, *, dtypes: tuple[str,
         preset,
         dtypes,
         ("d=768 r=16", "T") if (width, rank) == (768, 16) else None,
+        beside=overhead(tokens * width),
     )
 
 
 CASES = (
     _case("smoke", 5, 24, 4),
     _case("quick", 128, 768, 16),
-    _case("quick", 4096, 768, 16, dtypes=("float32", "bfloat16")),
-    *(_case("full", t, 768, 16) for t in (1, 16, 1024)),
-    *(_case("full", 4096, 768, r) for r in (4, 64)),
+    _case("quick", 4096, 768, 16, dtypes=BOTH),
+    *(_case("full", t, 768, 16) for t in (1, 16)),
+    _case("full", 128, 768, 16, dtypes=("bfloat16",)),
+    _case("full", 1024, 768, 16, dtypes=BOTH),
+    *(_case("full", t, 768, 4, dtypes=BOTH) for t in (128, 4096)),
+    _case("full", 4096, 768, 64),
     *(_case("full", t, 4096, 16) for t in (1, 128)),
-    _case("full", 1023, 770, 7, dtypes=("float32", "bfloat16")),
+    _case("full", 1023, 770, 7, dtypes=BOTH),
+    _case("full", 1, 64, 4),
 )
 
 

@@ -79,7 +79,7 @@ def environment() -> dict[str, Any]:
         "instruction set": backend["cpu_isa"] or "-",
         **({"LWFT_CPU_ISA": warning} if warning else {}),
         "CUDA kernels": _cuda(backend),
-        "Triton kernels": "none in this version",
+        "Triton kernels": backend["why_not_triton"] or "for GPUs of compute capability 8.0 or later",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else _no_gpu(),
         "compiler": _says("c++", "--version") or "no c++ in PATH: the library and torch.compile cannot be built",
         "nvcc": _says("nvcc", "--version", line="release") or "not in PATH: a build here leaves the CUDA kernels out",

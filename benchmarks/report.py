@@ -19,11 +19,15 @@ LEGEND = (
 )
 
 
-def _time(seconds: float) -> str:
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+def time_of(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def short_dtype(name: str) -> str:
+    return name.replace("bfloat", "bf").replace("float", "f")
 
 
 def _cell(result: Result | None, mark: str = "") -> str:
@@ -36,14 +40,14 @@ def _cell(result: Result | None, mark: str = "") -> str:
     if result.median is None or result.first_quartile is None or result.third_quartile is None:
         return "-"
     spread = (result.third_quartile - result.first_quartile) / 2 / result.median
-    return f"{_time(result.median)}{mark} ±{spread:.0%}"
+    return f"{time_of(result.median)}{mark} ±{spread:.0%}"
 
 
-def _ratio(row: Row) -> str:
+def coloured_ratio(row: Row) -> str:
     ratio = row.ratio()
     if ratio is None:
         return ""
-    colour = "green" if ratio >= 1 + LEVEL else "red" if ratio <= 1 - LEVEL else "yellow"
+    colour = "green" if ratio > 1 + LEVEL else "red" if ratio < 1 - LEVEL else "yellow"
     return f"[{colour}]{ratio:.2f}x {row.best_peer()}[/]"
 
 
@@ -58,9 +62,9 @@ def _memory(row: Row) -> str:
     return f"{mebibytes(OURS)} / {mebibytes(row.best_peer())}"
 
 
-def notes(rows: list[Row], absent: dict[str, str]) -> list[str]:
+def notes(rows: list[Row]) -> list[str]:
     """What the cells cannot say, each once: why a provider is missing, wrong or fell to a slower path."""
-    found = [f"{name}: {reason}" for name, reason in absent.items()]
+    found: list[str] = []
     for row in rows:
         where = f"{row.case}, {row.dtype}, {row.mode}"
         for name, result in row.results.items():
@@ -68,12 +72,15 @@ def notes(rows: list[Row], absent: dict[str, str]) -> list[str]:
                 found.append(f"{name}, {row.case}: {result.note}")
             elif result.status in (WRONG, FAILED):
                 found.append(f"{name} {result.status}, {where}: {result.note}")
+        times = row.times_beside()
+        if times is not None:
+            found.append(f"{where}, {row.threads} thr: ours takes {times:.2f} times as long as {row.beside}")
         found += [f"* ours declined, {where}, and plain PyTorch answered: {reason}" for reason in row.declined]
     return list(dict.fromkeys(found))
 
 
-def print_table(rows: list[Row], console: Console, absent: dict[str, str]) -> None:
-    """One op's rows in the order of its cases, wins and losses alike; `absent`: peers left out, and why."""
+def print_table(rows: list[Row], console: Console) -> None:
+    """One op's rows in the order of its cases, wins and losses alike."""
     peers = [name for name in PEERS if any(name in row.results for row in rows)]
     table = Table(title=rows[0].op, title_justify="left", title_style="bold")
     for column in ("case", "dtype", "mode", "thr"):
@@ -88,15 +95,32 @@ def print_table(rows: list[Row], console: Console, absent: dict[str, str]) -> No
         share = row.share_of_limit()
         table.add_row(
             escape(row.case),
-            row.dtype.replace("bfloat", "bf").replace("float", "f"),
+            short_dtype(row.dtype),
             row.mode,
             str(row.threads),
             *(_cell(row.results.get(name)) for name in peers),
             _cell(row.results.get(OURS), "*" if row.declined else ""),
-            _ratio(row),
+            coloured_ratio(row),
             "" if share is None else f"{share:.0%} {row.limit()[1]}",
             _memory(row),
         )
     console.print(table)
-    for note in notes(rows, absent):
+    for note in notes(rows):
         console.print(f"  {note}", highlight=False, markup=False)
+
+
+def print_summary(rows: list[Row], console: Console) -> None:
+    """How often we are faster, level and slower, and every row in which we are slower."""
+    ratios = [(ratio, row) for row in rows if (ratio := row.ratio()) is not None]
+    slower = sorted(((ratio, row) for ratio, row in ratios if ratio < 1 - LEVEL), key=lambda pair: pair[0])
+    faster = sum(ratio > 1 + LEVEL for ratio, _ in ratios)
+    level = len(ratios) - faster - len(slower)
+    console.print(
+        f"{len(ratios)} rows beside a peer: {faster} above {1 + LEVEL:.2f}x, {level} level, "
+        f"rows below {1 - LEVEL:.2f}x: {len(slower)}",
+        style="bold",
+        highlight=False,
+    )
+    for ratio, row in slower:
+        where = f"{row.op}: {row.case}, {row.dtype}, {row.mode}, {row.threads} thr"
+        console.print(f"  {ratio:.2f}x {row.best_peer()}  {where}", highlight=False, markup=False)

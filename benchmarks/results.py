@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 OURS = "lwft"
-SCHEMA = 1  # of the JSON file
+SCHEMA = 2  # of the JSON file
 
 # What became of a provider.
 TIMED, WRONG, FAILED, NOT_OFFERED = "timed", "wrong", "failed", "not offered"
@@ -42,6 +42,7 @@ class Row:
             same rounds as the providers.
         backend: who answered for ours: "native" or "reference"; "-" where nothing of ours ran.
         declined: the reasons why our fast path was not taken, empty when it was.
+        beside, beside_seconds: what was timed in the same rounds beside the peers, as `Case.beside` says.
     """
 
     op: str
@@ -57,6 +58,8 @@ class Row:
     copy_rate: float
     backend: str
     declined: tuple[str, ...]
+    beside: str | None = None
+    beside_seconds: float | None = None
     results: Mapping[str, Result] = field(default_factory=dict)
 
     def median(self, provider: str) -> float | None:
@@ -84,6 +87,11 @@ class Row:
         """Limit / measured time. Above 1 where a provider beats torch.mm or torch's copy."""
         median = self.median(provider)
         return None if median is None else self.limit()[0] / median
+
+    def times_beside(self) -> float | None:
+        """Our time / that of the call beside."""
+        ours = self.median(OURS)
+        return None if ours is None or self.beside_seconds is None else ours / self.beside_seconds
 
 
 _ROW_FIELDS = tuple(name for name in Row.__dataclass_fields__ if name != "results")
@@ -125,12 +133,17 @@ def rows_of(found: list[dict[str, Any]]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Report:
-    """All of one run, as the JSON file holds it; at least one row."""
+    """All of one run, as the JSON file holds it; at least one row, and fewer than `planned` while it lasts."""
 
     command: str
     seed: int
     environment: Mapping[str, Any]
     rows: list[Row]
+    planned: int
+
+    def partial(self) -> str | None:
+        """How much is there, None when all is."""
+        return f"PARTIAL, {len(self.rows)} of {self.planned} rows" if len(self.rows) < self.planned else None
 
     def write_json(self, path: Path) -> None:
         content = {
@@ -138,6 +151,8 @@ class Report:
             "command": self.command,
             "seed": self.seed,
             "environment": dict(self.environment),
+            "planned_rows": self.planned,
+            "partial": self.partial(),
             "measurements": list(records(self.rows)),
         }
         path.write_text(json.dumps(content, indent=1) + "\n")
@@ -145,6 +160,7 @@ class Report:
     def write_csv(self, path: Path) -> None:
         """The records, with commit and processor in every line, so that files of many runs can be put together."""
         origin = {name: self.environment.get(name) for name in ("date", "commit", "processor", "torch")}
+        origin["partial"] = self.partial()
         lines = [
             {
                 **record,
@@ -171,7 +187,8 @@ def read(path: Path) -> Report:
         content = json.loads(path.read_text())
         schema = content["schema"]
         if schema == SCHEMA:
-            return Report(content["command"], content["seed"], content["environment"], rows_of(content["measurements"]))
+            found = rows_of(content["measurements"])
+            return Report(content["command"], content["seed"], content["environment"], found, content["planned_rows"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise ValueError(f"{path} is not a JSON file of `lwft-bench run`") from None
     raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: run it again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ import lwft_kernels
 from . import adapter, add_layer_norm, attention, lora, low_rank, peft_module, torch_nn, work
 from .case import Arguments, Case, Family, NotOffered, Run, in_preset, leaves, normal
 from .correctness import Checker
+from .curves import LEAST_SIZES
 from .memory import peak_memory, settle_allocator
 from .results import FAILED, NOT_OFFERED, OURS, TIMED, WRONG, Result, Row
 from .timing import interleaved
@@ -49,8 +51,11 @@ def plans(
     threads: tuple[int, ...],
     providers: tuple[str, ...],
 ) -> list[Plan]:
-    """The rows that a command line asks for; no `dtypes` means those of each case."""
-    return [
+    """The rows that a command line asks for; no `dtypes` means those of each case.
+
+    Each row once: a larger preset may hold a case of a smaller one again, with further dtypes.
+    """
+    found = [
         Plan(FAMILIES[name], case, dtype, mode, count)
         for name in families
         if any(provider in FAMILIES[name].providers for provider in providers)
@@ -60,6 +65,44 @@ def plans(
         for mode in modes
         if mode == "fwd" or case.trains
         for count in threads
+    ]
+    once: dict[tuple[Any, ...], Plan] = {}
+    for plan in found:
+        once.setdefault((plan.family.op, plan.case.name, plan.dtype, plan.mode, plan.threads), plan)
+    return list(once.values())
+
+
+def thread_counts(most: int) -> tuple[int, ...]:
+    """1, 2, 4 and so on up to `most`, which is one of them."""
+    return (*(1 << bit for bit in range((most - 1).bit_length())), most)
+
+
+def curve_plans(
+    families: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    modes: tuple[str, ...],
+    threads: tuple[int, ...],
+    providers: tuple[str, ...],
+) -> list[Plan]:
+    """The points of the scaling curves with the most threads; the last point of each with every thread count."""
+
+    def position(plan: Plan) -> tuple[tuple[Any, ...], int]:
+        """Which curve, and where on it."""
+        name, axis = plan.case.curve or ("", "")
+        return (plan.family.op, name, axis, plan.dtype), plan.case.sizes.get(axis, 0)
+
+    found = plans(families, "full", dtypes, modes, threads, providers)
+    sizes: dict[tuple[Any, ...], set[int]] = {}
+    for plan in found:
+        if plan.case.curve is not None:
+            curve, size = position(plan)
+            sizes.setdefault(curve, set()).add(size)
+    reached = {curve: max(members) for curve, members in sizes.items() if len(members) >= LEAST_SIZES}
+    positions = [(plan, *position(plan)) for plan in found]
+    return [
+        plan
+        for plan, curve, size in positions
+        if curve in reached and (plan.threads == max(threads) or size == reached[curve])
     ]
 
 
@@ -91,6 +134,9 @@ def _row(plan: Plan, arguments: Arguments, checker: Checker, providers: tuple[st
     needed = work.count(family, case, arguments, checker.output, backward)
     calls["GEMM"], flops = work.matrix_product(getattr(torch, plan.dtype))
     calls["copy"], traffic = work.copy(needed.bytes)
+    beside = None if case.beside is None else case.beside(arguments)
+    if beside is not None:
+        calls[beside.name] = _call(beside.run, beside.arguments, backward)
     timings = interleaved(calls, min_time)
     for name in results:
         if name in timings:
@@ -111,6 +157,8 @@ def _row(plan: Plan, arguments: Arguments, checker: Checker, providers: tuple[st
         copy_rate=traffic / timings["copy"].median,
         backend=backend,
         declined=declined,
+        beside=None if beside is None else beside.name,
+        beside_seconds=None if beside is None else timings[beside.name].median,
         results=results,
     )
 

@@ -13,7 +13,7 @@ endforeach()
 if(emulated_sources OR emulator_sources)
   add_library(lwft_emulated_cuda STATIC ${emulator_sources} ${emulated_sources})
   target_include_directories(lwft_emulated_cuda PUBLIC csrc)
-  target_compile_options(lwft_emulated_cuda PRIVATE -Wno-unknown-pragmas)  # nvcc's "unroll"
+  target_compile_options(lwft_emulated_cuda PUBLIC -Wno-unknown-pragmas)  # nvcc's "unroll"
   target_link_libraries(lwft_emulated_cuda PUBLIC Threads::Threads)
 endif()
 

@@ -1,11 +1,12 @@
-"""Which implementation answers a call: the compiled library where it can, the reference where it cannot.
+"""Which implementation answers a call: compiled kernels on the CPU, Triton on a GPU, the reference where neither can.
 
-The PyTorch dispatcher picks the kernel of a device; this module only loads the library, lets a user force the
-reference, and counts who answered (`stats`), so that nothing is silently slow.
+The PyTorch dispatcher picks the kernel of a device; this module only loads the library, lets a user force one
+implementation, and counts who answered (`stats`), so that nothing is silently slow.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections import Counter, defaultdict
@@ -18,7 +19,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "native", "triton", "reference")
 
 _LIBRARY = Path(__file__).parent / "_C.so"
 _PROBE = "add_layer_norm_forward"  # any op of the library tells whether a copy of it is loaded already
@@ -56,6 +57,9 @@ def _load_library() -> str | None:
 
 
 library_error: str | None = _load_library()
+triton_error: str | None = (
+    None if importlib.util.find_spec("triton") else "Triton is not installed: pip install 'triton>=3.6'"
+)
 
 
 def _checked(name: str) -> str:
@@ -71,8 +75,9 @@ class use_backend:
     """Choose the implementation by hand, for good or inside a `with` block.
 
     Args:
-        name: ``"auto"`` (compiled kernels where they can, the reference elsewhere), ``"native"`` (compiled kernels;
-            a call they cannot serve raises ``RuntimeError`` with the reason) or ``"reference"`` (plain PyTorch).
+        name: ``"auto"`` (compiled kernels where they can, else Triton's, else the reference), ``"native"`` or
+            ``"triton"`` (the compiled or the Triton kernels; a call they cannot serve raises ``RuntimeError`` with the
+            reason) or ``"reference"`` (plain PyTorch).
 
     The environment variable ``LWFT_BACKEND`` sets the same at import.
     """
@@ -97,6 +102,23 @@ def current_backend() -> str:
     return _backend
 
 
+def implementation(op: str, device: torch.device) -> str:
+    """Who serves `op` on `device` unless the call itself stands against it: a name of `BACKENDS` but "auto"."""
+    if _backend != "auto":
+        return _backend
+    if why_not_native(op, device) is None:
+        return "native"
+    return "triton" if why_not_triton(device) is None else "reference"
+
+
+def why_not(op: str, device: torch.device) -> str | None:
+    """The reason why the fast kernels of the chosen backend cannot serve `op` on `device`, or None when they can."""
+    native = why_not_native(op, device)
+    if _backend == "native" or (_backend == "auto" and (native is None or device.type == "cpu")):
+        return native
+    return why_not_triton(device)
+
+
 def why_not_native(op: str, device: torch.device) -> str | None:
     """The reason why the compiled kernels cannot serve `op` on `device`, or None when they can."""
     if library_error is not None:
@@ -104,61 +126,95 @@ def why_not_native(op: str, device: torch.device) -> str | None:
     if device.type == "cpu":
         return None
     if device.type == "cuda":
+        if not has_cuda_kernel(f"{op}_forward"):
+            return f"there is no CUDA kernel of {op}"
         # A kernel that has never run on a card stays off until someone asks for it.
-        if os.environ.get("LWFT_CUDA_UNPROVEN") == "1" and has_kernel(op, "CUDA"):
-            return None
-        return f"no CUDA kernel of {op} has been proven on a GPU yet"
+        return None if cuda_unproven() else f"no CUDA kernel of {op} has been proven on a GPU yet"
     return f"there are no kernels for the device {device.type}"
 
 
-def has_kernel(op: str, dispatch_key: str) -> bool:
-    """Whether the loaded library registers a kernel for `lwft::{op}_forward` under a dispatch key such as "CPU"."""
-    name = f"{op}_forward"
-    return hasattr(torch.ops.lwft, name) and bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"lwft::{name}", dispatch_key)
-    )
+def why_not_triton(device: torch.device) -> str | None:
+    """The reason why Triton's kernels cannot serve `device`, or None when they can."""
+    if triton_error is not None:
+        return triton_error
+    if device.type == "cpu":
+        # for tests of the kernels themselves: nothing is fast there
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "Triton's kernels do not run on the CPU"
+    if device.type != "cuda":
+        return f"there are no kernels for the device {device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton's kernels need a GPU of compute capability 8.0 (Ampere) or later"
+    return None
 
 
-def use_native(op: str, device: torch.device, declined: str | None = None) -> bool:
-    """Decide and count one call of `op`. `declined` is the caller's own reason not to take the compiled kernel."""
+def cuda_unproven() -> bool:
+    """Whether someone asks for the CUDA kernels that have never run on a card."""
+    return os.environ.get("LWFT_CUDA_UNPROVEN") == "1"
+
+
+def has_cuda_kernel(name: str) -> bool:
+    """Whether the loaded library holds a CUDA kernel of ``lwft::{name}``."""
+    return hasattr(torch.ops.lwft_cuda, name)
+
+
+def by_triton(x: Tensor) -> bool:
+    """Whether a call on `x` that the fast kernels serve goes to Triton's; on the CPU only where a test asks for it."""
+    return _backend == "triton" if x.is_cpu else not cuda_unproven()
+
+
+def use_kernels(
+    op: str, x: Tensor, declined: str | None = None, triton_limit: Callable[[], str | None] | None = None
+) -> bool:
+    """Decide and count one call of `op` on `x`: True for the fast kernels, False for the reference.
+
+    Args:
+        declined: the caller's own reason not to take a fast kernel.
+        triton_limit: asked for a reason only where Triton would serve.
+    """
     if _backend == "reference":
         return False
-    reason = declined or why_not_native(op, device)
+    reason = declined or why_not(op, x.device)
+    if _backend == "triton" or (reason is None and not x.is_cpu):
+        if x.dtype == torch.float64:
+            reason = reason or "on a GPU float64 goes to the reference: the fast kernels compute in float32"
+        if reason is None and triton_limit is not None and by_triton(x):
+            reason = triton_limit()
     if reason is None:
         record_fast(op)
         return True
-    if _backend == "native":
-        raise RuntimeError(f"{op}: backend 'native' was asked for, but {reason}")
+    if _backend != "auto":
+        raise RuntimeError(f"{op}: backend {_backend!r} was asked for, but {reason}")
     record_decline(op, reason)
     return False
 
 
-def attempt(op: str, function: Callable[..., Tensor], x: object, *args: Any) -> Tensor | None:
-    """The result of `function(x, *args)`, the compiled kernel of `op` with no look at its arguments, or None.
-
-    Looking at every argument costs more than a small call. So an eager call on the CPU is tried first: the op refuses
-    what does not go together before it computes anything, and the caller, given None, looks for what it is.
-    """
-    if not attempts(x):
-        return None
-    try:
-        result = function(x, *args)
-    except (RuntimeError, TypeError, AttributeError):
-        return None
-    _fast[op] += 1
-    return result
-
-
 def attempts(x: object) -> bool:
-    """Whether `attempt` would try a call on `x`: to be asked before a random seed is drawn for one."""
+    """Whether a call on `x` is worth an `attempt`: an eager one on the CPU, where the compiled kernels are in use.
+
+    Asked before a random seed is drawn for it.
+    """
     return (
-        _backend != "reference"
+        _backend in ("auto", "native")
         and library_error is None
         and isinstance(x, Tensor)
         and x.is_cpu
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def attempt(op: str, function: Callable[..., Any], *args: Any) -> Any:
+    """The result of `function(*args)`, the compiled kernel of `op` with no look at its arguments, or None.
+
+    Looking at every argument costs more than a small call. So what `attempts` is tried first: the op refuses what does
+    not go together before it computes anything, and the caller, given None, looks for what it is.
+    """
+    try:
+        result = function(*args)
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+    _fast[op] += 1
+    return result
 
 
 def record_fast(op: str) -> None:
@@ -204,7 +260,8 @@ def describe() -> dict[str, object]:
         "library": str(_LIBRARY) if loaded else None,
         "why_not": library_error,
         "cpu_isa": torch.ops.lwft.cpu_isa() if loaded else None,
-        "cuda_kernels": loaded and has_kernel("adapter", "CUDA"),
+        "cuda_kernels": loaded and has_cuda_kernel("adapter_forward"),
+        "why_not_triton": triton_error,
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }

@@ -17,6 +17,11 @@ _COLUMNS, _LANES = 64, 16
 _LOW = 0xFFFFFFFF
 
 
+def is_probability(p: object) -> bool:
+    """Whether `p` is a probability beyond question, so that `checks.probability` need not be asked."""
+    return type(p) is float and 0.0 <= p <= 1.0
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh (seed, offset) from torch's generator of `device`: int64 of shape (2,), on that device."""
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)

@@ -1,12 +1,19 @@
-"""Gives a kernel pair ``lwft::<op>_forward`` / ``lwft::<op>_backward`` its shapes and its gradient.
+"""Gives a kernel pair ``lwft::<op>_forward`` / ``lwft::<op>_backward`` its shapes, its gradient and its GPU kernels.
 
 The autograd formula of an op is written once, in its room, and used twice: by `torch.library.register_autograd`, which
 torch.compile and torch.export trace, and by a thin `torch.autograd.Function` in eager, which halves the overhead.
+
+The library defines the ops and holds their CPU kernels. For a GPU they are registered here: the room's Triton kernels,
+imported at the first call. Where there is no library, the ops are defined here too, from the signatures of their fakes.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +34,8 @@ def _has_tangent(args: Sequence[Any]) -> bool:
     return any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args)
 
 
-def wanted(needs_input_grad: Sequence[bool], positions: Sequence[int]) -> int:
+@functools.cache
+def wanted(needs_input_grad: tuple[bool, ...], positions: tuple[int, ...]) -> int:
     """The `needs` bits of a backward op: bit i is set when the input at positions[i] wants a gradient."""
     needs = 0
     for bit, position in enumerate(positions):
@@ -38,7 +46,51 @@ def wanted(needs_input_grad: Sequence[bool], positions: Sequence[int]) -> int:
 
 def gradients(results: Sequence[Tensor], needs: int) -> list[Tensor | None]:
     """A backward op's results with None for those that were not wanted (they come back empty)."""
+    if needs == (1 << len(results)) - 1:
+        return list(results)
     return [result if needs >> bit & 1 else None for bit, result in enumerate(results)]
+
+
+def define(name: str, fake: Formula, mutates: tuple[str, ...] = ()) -> None:
+    """Define ``lwft::{name}``, with the arguments of its fake, where the library has not done it."""
+    if not hasattr(torch.ops.lwft, name):
+        torch.library.define(f"lwft::{name}", torch.library.infer_schema(fake, mutates_args=mutates))
+
+
+_triton_kernels: dict[str, Formula] = {}
+
+
+def run_triton(name: str, *args: Any) -> Any:
+    """Call the Triton kernels of ``lwft::{name}`` past the dispatcher, which costs more than a small launch."""
+    return _triton_kernels[name](*args)
+
+
+def register_triton(name: str, module: str) -> None:
+    """Let the function `name` of `module` serve ``lwft::{name}`` on a GPU. It is imported at the first call."""
+    found: list[Formula] = []
+
+    def run(*args: Any) -> Any:
+        if not found:
+            found.append(getattr(importlib.import_module(module), name))
+        x = args[0]
+        # Triton launches on the current device, which need not be that of the tensors.
+        other = x.is_cuda and x.device.index != torch.cuda.current_device()
+        with torch.cuda.device(x.device) if other else nullcontext():
+            return found[0](*args)
+
+    def on_gpu(*args: Any) -> Any:
+        if backend.cuda_unproven() and backend.has_cuda_kernel(name):
+            try:
+                return getattr(torch.ops.lwft_cuda, name)(*args)
+            except RuntimeError as error:
+                reason = re.search(r"the CUDA kernel declines: (.*)", str(error))
+                if reason is None:
+                    raise
+                backend.record_decline(f"{name} in CUDA C++", reason[1])
+        return run(*args)
+
+    _triton_kernels[name] = run
+    torch.library.impl(f"lwft::{name}", "CUDA")(on_gpu)
 
 
 _backward_ops: dict[str, Any] = {}  # looking one up in torch.ops takes as long as a small product
@@ -52,6 +104,8 @@ def run_backward(op: str, *args: Any) -> Any:
     # Autograd has something to say (that there is no second derivative) only when it is asked for one.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return backward_op(*args)
+    if backend.by_triton(args[0]):
+        return run_triton(f"{op}_backward", *args)
     with torch._C._AutoDispatchBelowAutograd():
         return backward_op(*args)
 
@@ -73,6 +127,7 @@ def register(
     backward_fake: Formula,
     setup_context: Formula,
     backward: Formula,
+    triton: str,
     differentiable_outputs: int = 1,
 ) -> Callable[..., Any]:
     """Register shapes and gradient of `op` and return the function that calls it.
@@ -81,6 +136,7 @@ def register(
         op: name; the library defines ``lwft::{op}_forward`` and ``lwft::{op}_backward``.
         forward_fake, backward_fake: the shapes of the results, as `torch.library.register_fake` wants them.
         setup_context, backward: the formula, as `torch.library.register_autograd` wants it.
+        triton: the module whose functions ``{op}_forward`` and ``{op}_backward`` serve a GPU.
         differentiable_outputs: the first so many results of forward carry gradients; the rest are statistics kept for
             backward.
 
@@ -88,13 +144,11 @@ def register(
         A function of the forward op's arguments, all positional, that returns the differentiable results: the tensor
         where there is one, else a tuple.
     """
-    if backend.library_error is not None:
-
-        def unavailable(*args: Any) -> Any:
-            raise RuntimeError(f"lwft_kernels.{op}: {backend.library_error}")
-
-        return unavailable
-
+    define(f"{op}_forward", forward_fake)
+    define(f"{op}_backward", backward_fake)
+    for name in (f"{op}_forward", f"{op}_backward"):
+        register_triton(name, triton)
+    forward_by_triton = _triton_kernels[f"{op}_forward"]
     forward_op = getattr(torch.ops.lwft, f"{op}_forward").default
 
     def shapes(*args: Any) -> Any:
@@ -122,6 +176,8 @@ def register(
     torch.library.register_autograd(f"lwft::{op}_backward", _no_double_backward(op))
 
     def below_autograd(*args: Any) -> Any:
+        if backend.by_triton(args[0]):
+            return forward_by_triton(*args)
         # past the formula registered above, which would only find that no gradient is wanted
         with torch._C._AutoDispatchBelowAutograd():
             return forward_op(*args)
@@ -130,9 +186,10 @@ def register(
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             output = below_autograd(*args)
-            setup(ctx, args, output)
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, args, output)
             # not the statistics: each result more costs autograd a microsecond here and one in backward
-            return results(output)
+            return output[0] if differentiable_outputs == 1 else output[:differentiable_outputs]
 
     Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
     Eager.__name__ = Eager.__qualname__ = op

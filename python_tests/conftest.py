@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 from environment import HAS_ADAPTERS
+
+# Read when a Triton kernel is defined. Where there is a GPU the same tests run the kernels on it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import lwft_kernels
 from lwft_kernels import backend
@@ -32,6 +37,20 @@ def native() -> Iterator[None]:
     assert backend.library_error is None, backend.library_error
     with lwft_kernels.use_backend("native"):
         yield
+
+
+@pytest.fixture
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The device whose tensors Triton's kernels take: a GPU, or the CPU under Triton's interpreter."""
+    assert backend.triton_error is None, backend.triton_error
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        from triton_interpreter import repair_bfloat16
+
+        repair_bfloat16()
+    monkeypatch.setenv("LWFT_AUTOTUNE", "0")
+    with lwft_kernels.use_backend("triton"):
+        yield device
 
 
 @pytest.fixture

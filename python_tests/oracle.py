@@ -73,11 +73,11 @@ def outputs_and_gradients(
     leaves = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad}
     if backward and leaves:
         generator = torch.Generator().manual_seed(grad_seed)
-        scalar = torch.zeros((), dtype=torch.float64)
+        scalar = torch.zeros((), dtype=torch.float64, device=outs[0].device)
         for value in outs:
             if value.requires_grad:
                 direction = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-                direction = direction.to(direction_dtype).to(value.dtype)
+                direction = direction.to(direction_dtype).to(value)
                 scalar = scalar + torch.where(torch.isfinite(value), value, 0).mul(direction).sum().double()
         grads = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True)
         for name, grad in zip(leaves, grads, strict=True):

@@ -53,20 +53,26 @@ struct AdapterBackward {
   const void* up_weight;
   double scale;
   Dropout dropout;
-  bool residual_is_x;  // then grad_out is added to dx here, instead of by one more pass of autograd
-  void* dx;            // (tokens, model_dim) contiguous, of dtype; null when not wanted, as all below
-  void* ddown_weight;  // of param_dtype, contiguous, like the parameter; the rest likewise
+  const int64_t* device_seed;  // as in AdapterForward
+  bool residual_is_x;          // then grad_out is added to dx here, instead of by one more pass of autograd
+  void* dx;                    // (tokens, model_dim) contiguous, of dtype; null when not wanted, as all below
+  void* ddown_weight;          // of param_dtype, contiguous, like the parameter; the rest likewise
   void* ddown_bias;
   void* dup_weight;
   void* dup_bias;
   void* dnorm_weight;
   void* dnorm_bias;
+  void* workspace;  // CUDA: adapter_backward_workspace(p) floats in device memory
 };
 
-// The CUDA kernel (adapter_cuda.cu); its pointers are the device's. Why it cannot serve this call, or null.
+// The CUDA kernels (adapter_cuda.cu, adapter_backward_cuda.cu); their pointers are the device's. Why they cannot serve
+// this call, or null.
 const char* adapter_cuda_declines(const AdapterForward&);
-// Enqueues it on a cudaStream_t and returns a cudaError_t.
+const char* adapter_cuda_declines(const AdapterBackward&);
+// Enqueue them on a cudaStream_t and return a cudaError_t.
 int adapter_forward_cuda(const AdapterForward&, void* stream);
+int adapter_backward_cuda(const AdapterBackward&, void* stream);
+int64_t adapter_backward_workspace(const AdapterBackward&);
 
 // One level of the CPU kernels (common/cpu/dispatch.h).
 struct AdapterKernels {

@@ -9,17 +9,10 @@
 // once, but for LayerNorm, whose statistics need it before (the second reading comes from the L2 cache).
 //
 // Not yet run on a GPU: its numbers are tested in the emulation of common/cuda, its registers and instructions by nvcc.
-#include "adapter/adapter.h"
-#include "common/cuda/portable.cuh"
+#include "adapter/adapter_cuda.cuh"
 
 namespace lwft::cuda {
 namespace {
-
-constexpr int kWarps = 4, kThreads = kWarps * kWarpLanes;
-constexpr int kRows = 16 * kWarps;  // tokens of a block, 16 (one mma tile) per warp
-constexpr int kChunk = 64;          // columns of x, and of out, per stage
-constexpr int kPad = 8;             // 16 bytes more per row: the 8 rows of an ldmatrix then lie in different banks
-constexpr int kStages = 2;
 
 // Shared memory: mean and rstd of the rows, then the stages. The bottleneck M is a template parameter since z is held in
 // M / 2 registers; the largest, 256, takes 91 KiB, within the 99 KiB of sm_86 and sm_120.
@@ -28,41 +21,6 @@ constexpr int kStageElements = (kRows + M) * (kChunk + kPad) > kChunk*(M + kPad)
                                                                                  : kChunk * (M + kPad);
 template <int M>
 constexpr size_t kSharedBytes = 2 * kRows * sizeof(float) + kStages * kStageElements<M> * sizeof(uint16_t);
-
-template <class T>
-struct alignas(16) Vector8 {
-  T element[8];
-};
-
-template <class T>
-LWFT_DEVICE const Vector8<T>& vector_at(const T* from) {
-  return *reinterpret_cast<const Vector8<T>*>(from);
-}
-
-LWFT_DEVICE float activate(Activation activation, float x) {
-  switch (activation) {
-    case Activation::relu: return x > 0.0f ? x : 0.0f;
-    case Activation::gelu: return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-    case Activation::gelu_tanh: return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    case Activation::silu: return x / (1.0f + expf(-x));
-    case Activation::tanh: return tanhf(x);
-    case Activation::leaky_relu: return x > 0.0f ? x : static_cast<float>(kLeakyReluSlope) * x;
-    case Activation::sigmoid: return 1.0f / (1.0f + expf(-x));
-    case Activation::identity: break;
-  }
-  return x;
-}
-
-template <class T>
-LWFT_DEVICE uint32_t pack(float low, float high) {
-  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
-}
-
-LWFT_DEVICE float warp_sum(float value) {
-#pragma unroll
-  for (int mask = kWarpLanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
 
 // Mean and 1 / sqrt(variance + eps) of each row, a warp per row; the variance from the deviations, in a second pass.
 template <class T>
@@ -95,47 +53,6 @@ LWFT_DEVICE void row_statistics(const AdapterForward& p, int64_t first_row, floa
       rstd[r] = static_cast<float*>(p.rstd)[row] = inverse;
     }
   }
-}
-
-// Starts the copy of rows of 8-element vectors into a stage; what lies outside the matrix becomes zero.
-template <class T>
-LWFT_DEVICE void copy_rows(T* to, int rows, int columns, const T* from, int64_t row_stride, int64_t rows_left,
-                           int64_t columns_left) {
-  const int vectors = columns / 8;
-  for (int i = thread_index(); i < rows * vectors; i += kThreads) {
-    const int r = i / vectors, c = i % vectors * 8;
-    const bool valid = r < rows_left && c < columns_left;
-    copy_async(to + r * (columns + kPad) + c, valid ? from + r * row_stride + c : from, valid);
-  }
-}
-
-// The staged chunk of x becomes (x - mean) * rstd * weight + bias, in place.
-template <class T>
-LWFT_DEVICE void normalise(const AdapterForward& p, int64_t first_row, int first_column, const float* mean,
-                           const float* rstd, T* chunk) {
-  const T* weight = static_cast<const T*>(p.norm_weight);
-  const T* bias = static_cast<const T*>(p.norm_bias);
-  for (int i = thread_index(); i < kRows * kChunk / 8; i += kThreads) {
-    const int r = i / (kChunk / 8), c = i % (kChunk / 8) * 8;
-    if (first_row + r >= p.tokens || first_column + c >= p.model_dim) continue;
-    Vector8<T>& v = *reinterpret_cast<Vector8<T>*>(chunk + r * (kChunk + kPad) + c);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const float w = to_float(weight[first_column + c + e]);
-      const float b = bias == nullptr ? 0.0f : to_float(bias[first_column + c + e]);
-      v.element[e] = from_float<T>((to_float(v.element[e]) - mean[r]) * rstd[r] * w + b);
-    }
-  }
-}
-
-// Two mma tiles of 8 columns each: acc[0], acc[1] += A B^T, B rows in shared memory with row stride `stride`.
-template <class T>
-LWFT_DEVICE void multiply_pair(float (*acc)[4], const uint32_t (&a)[4], const T* b, int stride) {
-  const int lane = thread_index() % kWarpLanes;
-  uint32_t fragment[4];
-  ldmatrix_x4(fragment, b + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8);
-  mma<T>(acc[0], a, fragment[0], fragment[1]);
-  mma<T>(acc[1], a, fragment[2], fragment[3]);
 }
 
 // z[M] = n(x) Wd^T for the 16 rows of this warp.
@@ -240,11 +157,7 @@ LWFT_DEVICE void store_chunk(const AdapterForward& p, const Dropout& dropout, in
 
 template <class T, int M>
 LWFT_DEVICE void up_product(const AdapterForward& p, int64_t first_row, T* stages, const uint32_t (&h)[M / 16][4]) {
-  Dropout dropout = p.dropout;
-  if (p.device_seed != nullptr) {
-    dropout.seed = static_cast<uint64_t>(p.device_seed[0]);
-    dropout.offset = static_cast<uint64_t>(p.device_seed[1]);
-  }
+  const Dropout dropout = device_dropout(p.dropout, p.device_seed);
   const int chunks = static_cast<int>((p.model_dim + kChunk - 1) / kChunk);
   const auto load = [&](int chunk) {
     const int64_t row = static_cast<int64_t>(chunk) * kChunk;
@@ -306,8 +219,6 @@ const Instance kInstances[] = {
     {DType::f16, 128, kSharedBytes<128>, adapter_forward_kernel<Float16, 128>},
     {DType::f16, 256, kSharedBytes<256>, adapter_forward_kernel<Float16, 256>},
 };
-
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace
 }  // namespace lwft::cuda

@@ -67,29 +67,42 @@ ForwardResult fill_forward(AdapterForward& p, const Rows& x, const Tensor& down_
   return result;
 }
 
-// Sets the dropout from `seed`, which lies on the device of x, and runs the kernel.
-using RunForward = void (*)(AdapterForward& p, const Tensor& x, const MaybeTensor& seed, double dropout_p);
-
-void run_on_cpu(AdapterForward& p, const Tensor&, const MaybeTensor& seed, double dropout_p) {
-  p.dropout = dropout_of(seed, dropout_p);
-  cpu_kernels().adapter->forward(p);
-}
+// Set the dropout from `seed`, which lies on the device of x, and run the kernel.
+struct OnCpu {
+  static void run(AdapterForward& p, const Tensor&, const MaybeTensor& seed, double dropout_p) {
+    p.dropout = dropout_of(seed, dropout_p);
+    cpu_kernels().adapter->forward(p);
+  }
+  static void run(AdapterBackward& p, const Tensor&, const MaybeTensor& seed, double dropout_p) {
+    p.dropout = dropout_of(seed, dropout_p);
+    cpu_kernels().adapter->backward(p);
+  }
+};
 
 #ifdef LWFT_WITH_CUDA
-void run_on_cuda(AdapterForward& p, const Tensor& x, const MaybeTensor& seed, double dropout_p) {
-  if (seed) {
-    p.dropout = make_dropout(0, 0, dropout_p);
-    p.device_seed = static_cast<const int64_t*>(seed->const_data_ptr());
+struct OnCuda {
+  static void run(AdapterForward& p, const Tensor& x, const MaybeTensor& seed, double dropout_p) {
+    enqueue(p, x, seed, dropout_p, adapter_forward_cuda);
   }
-  const char* reason = adapter_cuda_declines(p);
-  STD_TORCH_CHECK(reason == nullptr, "lwft_kernels.adapter: the CUDA kernel cannot serve this call: ", reason);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int error = adapter_forward_cuda(p, current_cuda_stream(x));
-  STD_TORCH_CHECK(error == 0, "lwft_kernels.adapter: CUDA error ", error);
-}
+  static void run(AdapterBackward& p, const Tensor& x, const MaybeTensor& seed, double dropout_p) {
+    const Tensor workspace = empty(x, {adapter_backward_workspace(p)}, DType::f32);
+    p.workspace = workspace.mutable_data_ptr();
+    enqueue(p, x, seed, dropout_p, adapter_backward_cuda);
+  }
+
+ private:
+  template <class P>
+  static void enqueue(P& p, const Tensor& x, const MaybeTensor& seed, double dropout_p,
+                      int (*kernel)(const P&, void*)) {
+    set_device_dropout(p, seed, dropout_p);
+    require_cuda(adapter_cuda_declines(p));
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    require_no_error(kernel(p, current_cuda_stream(x)));
+  }
+};
 #endif
 
-template <RunForward run>
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_forward(
     const Tensor& x_in, const Tensor& down_weight_in, const MaybeTensor& down_bias_in, const Tensor& up_weight_in,
     const MaybeTensor& up_bias_in, const MaybeTensor& norm_weight_in, const MaybeTensor& norm_bias_in,
@@ -105,10 +118,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_forward(
   AdapterForward p{};
   ForwardResult result = fill_forward(p, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
                                       residual, activation, eps, scale, residual_is_x);
-  run(p, x_in, seed, dropout_p);
+  Device::run(p, x_in, seed, dropout_p);
   return {result.out, result.hidden, result.mean, result.rstd};
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
     const Tensor& grad_in, const Tensor& x_in, const Tensor& down_weight_in, const Tensor& up_weight_in,
     const MaybeTensor& norm_weight_in, const MaybeTensor& norm_bias_in, const Tensor& hidden_in, const Tensor& mean,
@@ -138,7 +152,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backw
   p.activation = static_cast<Activation>(activation);
   p.up_weight = data(up_weight);
   p.scale = scale;
-  p.dropout = dropout_of(seed, dropout_p);
   p.residual_is_x = residual_is_x;
   const int64_t d = p.model_dim, m = p.bottleneck;
   Tensor dx = wanted.empty(0, x_in, shape_of(x_in), p.dtype);
@@ -155,34 +168,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backw
   p.dup_bias = wanted.data(4, dup_bias);
   p.dnorm_weight = wanted.data(5, dnorm_weight);
   p.dnorm_bias = wanted.data(6, dnorm_bias);
-  cpu_kernels().adapter->backward(p);
+  Device::run(p, x_in, seed, dropout_p);
   return {dx, ddown_weight, ddown_bias, dup_weight, dup_bias, dnorm_weight, dnorm_bias};
 }
 
 }  // namespace
 }  // namespace lwft
 
+constexpr char kForwardSchema[] =
+    "adapter_forward(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, Tensor? seed, int activation, float eps, "
+    "float scale, float dropout_p, bool residual_is_x) "
+    "-> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)";
+
+constexpr char kBackwardSchema[] =
+    "adapter_backward(Tensor grad_out, Tensor x, Tensor down_weight, Tensor up_weight, Tensor? norm_weight, "
+    "Tensor? norm_bias, Tensor hidden, Tensor mean, Tensor rstd, Tensor? seed, int activation, float scale, "
+    "float dropout_p, bool residual_is_x, int needs) "
+    "-> (Tensor dx, Tensor ddown_weight, Tensor ddown_bias, Tensor dup_weight, Tensor dup_bias, "
+    "Tensor dnorm_weight, Tensor dnorm_bias)";
+
 STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
-  m.def(
-      "adapter_forward(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
-      "Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, Tensor? seed, int activation, float eps, "
-      "float scale, float dropout_p, bool residual_is_x) "
-      "-> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)");
-  m.def(
-      "adapter_backward(Tensor grad_out, Tensor x, Tensor down_weight, Tensor up_weight, Tensor? norm_weight, "
-      "Tensor? norm_bias, Tensor hidden, Tensor mean, Tensor rstd, Tensor? seed, int activation, float scale, "
-      "float dropout_p, bool residual_is_x, int needs) "
-      "-> (Tensor dx, Tensor ddown_weight, Tensor ddown_bias, Tensor dup_weight, Tensor dup_bias, "
-      "Tensor dnorm_weight, Tensor dnorm_bias)");
+  m.def(kForwardSchema);
+  m.def(kBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lwft, CPU, m) {
-  m.impl("adapter_forward", TORCH_BOX(&lwft::adapter_forward<lwft::run_on_cpu>));
-  m.impl("adapter_backward", TORCH_BOX(&lwft::adapter_backward));
+  m.impl("adapter_forward", TORCH_BOX(&lwft::adapter_forward<lwft::OnCpu>));
+  m.impl("adapter_backward", TORCH_BOX(&lwft::adapter_backward<lwft::OnCpu>));
 }
 
 #ifdef LWFT_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(lwft, CUDA, m) {
-  m.impl("adapter_forward", TORCH_BOX(&lwft::adapter_forward<lwft::run_on_cuda>));
+// In a namespace of their own: on a GPU, Python chooses between these and Triton's kernels (lwft_kernels/registration.py).
+STABLE_TORCH_LIBRARY_FRAGMENT(lwft_cuda, m) {
+  m.def(kForwardSchema);
+  m.def(kBackwardSchema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lwft_cuda, CUDA, m) {
+  m.impl("adapter_forward", TORCH_BOX(&lwft::adapter_forward<lwft::OnCuda>));
+  m.impl("adapter_backward", TORCH_BOX(&lwft::adapter_backward<lwft::OnCuda>));
 }
 #endif

@@ -44,6 +44,36 @@ Tensor empty_by_token(const Tensor& like, int64_t batch, int64_t heads, int64_t 
   return empty_strided(like, {batch, heads, tokens, head_dim}, strides, dtype);
 }
 
+// (B, H, S, L), or broadcast to it.
+bool broadcasts(const Tensor& tensor, const Tensor& q, const Tensor& k) {
+  const int64_t full[4] = {q.size(0), q.size(1), q.size(2), k.size(2)};
+  bool fits = tensor.dim() == 4;
+  for (int i = 0; fits && i < 4; ++i) fits = tensor.size(i) == full[i] || tensor.size(i) == 1;
+  return fits;
+}
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& bias, const MaybeTensor& mask,
+           const MaybeTensor& prefix_k, const MaybeTensor& prefix_v, const MaybeTensor& lengths, double scale,
+           int64_t window, double softcap) {
+  require_one_device(q, k, v, bias, mask, prefix_k, prefix_v, lengths);
+  require(q.dim() == 4 && k.dim() == 4 && same_shape(k, v));
+  const int64_t batch = q.size(0), heads = q.size(1), kv_heads = k.size(1), head_dim = q.size(3);
+  const DType dtype = dtype_of(q);
+  require(head_dim > 0 && k.size(0) == batch && k.size(3) == head_dim && dtype_of(k) == dtype && dtype_of(v) == dtype);
+  require(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0);
+  require(prefix_k.has_value() == prefix_v.has_value());
+  if (prefix_k) {
+    const Tensor& prefix = *prefix_k;
+    require(prefix.dim() == 4 && (prefix.size(0) == 1 || prefix.size(0) == batch) && prefix.size(1) == kv_heads);
+    require(prefix.size(3) == head_dim && same_shape(prefix, *prefix_v) && dtype_of(prefix) == dtype &&
+            dtype_of(*prefix_v) == dtype);
+  }
+  require(!bias || (broadcasts(*bias, q, k) && parameter_fits(dtype_of(*bias), dtype)));
+  require(!mask || (broadcasts(*mask, q, k) && mask->scalar_type() == ScalarType::Bool));
+  require(!lengths || (is_vector(*lengths, batch) && lengths->scalar_type() == ScalarType::Long));
+  require(std::isfinite(scale) && window >= 0 && softcap >= 0 && std::isfinite(softcap));
+}
+
 // The arguments that forward and backward have in common, with strides the kernels can walk.
 struct Inputs {
   Tensor q, k, v;
@@ -95,6 +125,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
                                              const MaybeTensor& prefix_v, const MaybeTensor& lengths,
                                              const MaybeTensor& seed, double scale, bool causal, int64_t window,
                                              double softcap, double dropout_p) {
+  check(q, k, v, bias, mask, prefix_k, prefix_v, lengths, scale, window, softcap);
   const Inputs in(q, k, v, bias, mask, prefix_k, prefix_v, lengths);
   AttentionForward p{};
   p.shape = in.shape();

@@ -51,6 +51,10 @@ py::tuple forward(const std::string& level, const py::array& x, const py::array&
   return py::make_tuple(out, hidden, mean, rstd);
 }
 
+struct alignas(16) Aligned16 {
+  float value[4];
+};
+
 py::tuple backward(const std::string& level, const py::array& grad_out, const py::array& x,
                    const py::array& down_weight, const py::array& up_weight, const py::object& norm_weight,
                    const py::object& norm_bias, const py::array& hidden, const py::array& mean, const py::array& rstd,
@@ -90,7 +94,15 @@ py::tuple backward(const std::string& level, const py::array& grad_out, const py
     p.dnorm_weight = dnorm_weight.mutable_data();
     p.dnorm_bias = dnorm_bias.mutable_data();
   }
-  kernels(level).adapter->backward(p);
+  if (level == "cuda") {
+    if (const char* reason = adapter_cuda_declines(p)) throw py::value_error(reason);
+    const auto floats = static_cast<size_t>(adapter_backward_workspace(p));
+    std::vector<Aligned16> workspace(floats / 4 + 1);
+    p.workspace = workspace.data();
+    adapter_backward_cuda(p, nullptr);
+  } else {
+    kernels(level).adapter->backward(p);
+  }
   return py::make_tuple(dx, ddown_weight, ddown_bias, dup_weight, dup_bias, dnorm_weight, dnorm_bias);
 }
 

@@ -1,17 +1,19 @@
-// add_layer_norm by level, for python_tests/norm/test_levels.py.
+// add_layer_norm by level, for python_tests/norm/test_levels.py and python_tests/cuda.
 #include "harness/harness.h"
 
 namespace lwft::harness {
 
 namespace {
 
-// Contiguous (tokens, model_dim) arrays of one dtype; parameters of the same dtype.
+// Contiguous (tokens, model_dim) arrays of one dtype; parameters of one dtype. Level "cuda" is the CUDA kernel in its
+// emulation; ValueError says why it declines.
 py::tuple forward(const std::string& level, const py::array& x, const py::array& sublayer_out, const py::array& weight,
                   const py::array& bias, double eps, uint64_t seed, uint64_t offset, double dropout_p) {
   AddLayerNormForward p{};
   p.tokens = x.shape(0);
   p.model_dim = x.shape(1);
-  p.x_dtype = p.sublayer_dtype = p.out_dtype = p.param_dtype = dtype_of(x);
+  p.x_dtype = p.sublayer_dtype = p.out_dtype = dtype_of(x);
+  p.param_dtype = dtype_of(weight);
   p.x = x.data();
   p.x_row_stride = stride(x, 0);
   p.sublayer_out = sublayer_out.data();
@@ -26,7 +28,12 @@ py::tuple forward(const std::string& level, const py::array& x, const py::array&
   p.out = out.mutable_data();
   p.mean = mean.mutable_data();
   p.rstd = rstd.mutable_data();
-  kernels(level).norm->forward(p);
+  if (level == "cuda") {
+    if (const char* reason = add_layer_norm_cuda_declines(p)) throw py::value_error(reason);
+    add_layer_norm_forward_cuda(p, nullptr);
+  } else {
+    kernels(level).norm->forward(p);
+  }
   return py::make_tuple(out, mean, rstd);
 }
 
@@ -36,7 +43,8 @@ py::tuple backward(const std::string& level, const py::array& grad_out, const py
   AddLayerNormBackward p{};
   p.tokens = x.shape(0);
   p.model_dim = x.shape(1);
-  p.x_dtype = p.sublayer_dtype = p.out_dtype = p.param_dtype = dtype_of(x);
+  p.x_dtype = p.sublayer_dtype = p.out_dtype = dtype_of(x);
+  p.param_dtype = dtype_of(weight);
   p.grad_out = grad_out.data();
   p.grad_out_row_stride = stride(grad_out, 0);
   p.x = x.data();
@@ -53,7 +61,14 @@ py::tuple backward(const std::string& level, const py::array& grad_out, const py
   p.dsublayer_out = du.mutable_data();
   p.dweight = dweight.mutable_data();
   p.dbias = dbias.mutable_data();
-  kernels(level).norm->backward(p);
+  if (level == "cuda") {
+    if (const char* reason = add_layer_norm_cuda_declines(p)) throw py::value_error(reason);
+    std::vector<float> workspace(static_cast<size_t>(add_layer_norm_backward_workspace(p)));
+    p.workspace = workspace.data();
+    add_layer_norm_backward_cuda(p, nullptr);
+  } else {
+    kernels(level).norm->backward(p);
+  }
   return py::make_tuple(dx, du, dweight, dbias);
 }
 

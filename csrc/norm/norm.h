@@ -16,10 +16,11 @@ struct AddLayerNormForward {
   const void* weight;  // (model_dim) of param_dtype, or null for ones
   const void* bias;    // (model_dim) of param_dtype, or null for zeros
   double eps;
-  Dropout dropout;  // row = token, col = feature
-  void* out;        // (tokens, model_dim) contiguous, of out_dtype
-  void* mean;       // (tokens) of accumulate_dtype(out_dtype)
-  void* rstd;       // (tokens) likewise
+  Dropout dropout;             // row = token, col = feature
+  const int64_t* device_seed;  // CUDA: (seed, offset) in device memory, to stand for those of dropout; null on the CPU
+  void* out;                   // (tokens, model_dim) contiguous, of out_dtype
+  void* mean;                  // (tokens) of accumulate_dtype(out_dtype)
+  void* rstd;                  // (tokens) likewise
 };
 
 struct AddLayerNormBackward {
@@ -35,11 +36,21 @@ struct AddLayerNormBackward {
   const void* mean;
   const void* rstd;
   Dropout dropout;
+  const int64_t* device_seed;
   void* dx;             // (tokens, model_dim) contiguous, of x_dtype; null when not wanted, as all below
   void* dsublayer_out;  // (tokens, model_dim) contiguous, of sublayer_dtype
   void* dweight;        // (model_dim) of param_dtype
   void* dbias;          // (model_dim) of param_dtype
+  void* workspace;      // CUDA: add_layer_norm_backward_workspace(p) floats in device memory
 };
+
+// The CUDA kernels (norm_cuda.cu); their pointers are the device's. Why they cannot serve this call, or null.
+const char* add_layer_norm_cuda_declines(const AddLayerNormForward&);
+const char* add_layer_norm_cuda_declines(const AddLayerNormBackward&);
+// Enqueue them on a cudaStream_t and return a cudaError_t.
+int add_layer_norm_forward_cuda(const AddLayerNormForward&, void* stream);
+int add_layer_norm_backward_cuda(const AddLayerNormBackward&, void* stream);
+int64_t add_layer_norm_backward_workspace(const AddLayerNormBackward&);
 
 // One level of the CPU kernels (common/cpu/dispatch.h).
 struct NormKernels {

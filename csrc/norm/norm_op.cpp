@@ -2,6 +2,9 @@
 #include "common/cpu/dispatch.h"
 #include "common/op.h"
 #include "norm/norm.h"
+#ifdef LWFT_WITH_CUDA
+#include "common/cuda_stream.h"
+#endif
 
 namespace lwft {
 namespace {
@@ -19,6 +22,42 @@ void check(const Tensor& x, const Tensor& sublayer_out, const MaybeTensor& weigh
   require(!weight || !bias || dtype_of(*weight) == dtype_of(*bias));
 }
 
+// Set the dropout from `seed`, which lies on the device of x, and run the kernel.
+struct OnCpu {
+  static void run(AddLayerNormForward& p, const Tensor&, const MaybeTensor& seed, double dropout_p) {
+    p.dropout = dropout_of(seed, dropout_p);
+    cpu_kernels().norm->forward(p);
+  }
+  static void run(AddLayerNormBackward& p, const Tensor&, const MaybeTensor& seed, double dropout_p) {
+    p.dropout = dropout_of(seed, dropout_p);
+    cpu_kernels().norm->backward(p);
+  }
+};
+
+#ifdef LWFT_WITH_CUDA
+struct OnCuda {
+  static void run(AddLayerNormForward& p, const Tensor& x, const MaybeTensor& seed, double dropout_p) {
+    enqueue(p, x, seed, dropout_p, add_layer_norm_forward_cuda);
+  }
+  static void run(AddLayerNormBackward& p, const Tensor& x, const MaybeTensor& seed, double dropout_p) {
+    const Tensor workspace = empty(x, {add_layer_norm_backward_workspace(p)}, DType::f32);
+    p.workspace = workspace.mutable_data_ptr();
+    enqueue(p, x, seed, dropout_p, add_layer_norm_backward_cuda);
+  }
+
+ private:
+  template <class P>
+  static void enqueue(P& p, const Tensor& x, const MaybeTensor& seed, double dropout_p,
+                      int (*kernel)(const P&, void*)) {
+    set_device_dropout(p, seed, dropout_p);
+    require_cuda(add_layer_norm_cuda_declines(p));
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    require_no_error(kernel(p, current_cuda_stream(x)));
+  }
+};
+#endif
+
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x_in, const Tensor& sublayer_in,
                                                           const MaybeTensor& weight_in, const MaybeTensor& bias_in,
                                                           const MaybeTensor& seed, double eps, double dropout_p) {
@@ -39,17 +78,17 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x_in, co
   p.weight = data(weight);
   p.bias = data(bias);
   p.eps = eps;
-  p.dropout = dropout_of(seed, dropout_p);
   Tensor out = empty(x_in, shape_of(x_in), p.out_dtype);
   Tensor mean = empty(x_in, leading_shape(x_in), accumulate_dtype(p.out_dtype));
   Tensor rstd = empty(x_in, leading_shape(x_in), accumulate_dtype(p.out_dtype));
   p.out = out.mutable_data_ptr();
   p.mean = mean.mutable_data_ptr();
   p.rstd = rstd.mutable_data_ptr();
-  cpu_kernels().norm->forward(p);
+  Device::run(p, x_in, seed, dropout_p);
   return {out, mean, rstd};
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_in, const Tensor& x_in,
                                                                    const Tensor& sublayer_in,
                                                                    const MaybeTensor& weight_in, const Tensor& mean,
@@ -74,7 +113,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor&
   p.weight = data(weight);
   p.mean = data(mean);
   p.rstd = data(rstd);
-  p.dropout = dropout_of(seed, dropout_p);
   Tensor dx = wanted.empty(0, x_in, shape_of(x_in), p.x_dtype);
   Tensor dsublayer_out = wanted.empty(1, x_in, shape_of(x_in), p.sublayer_dtype);
   Tensor dweight = wanted.empty(2, x_in, {p.model_dim}, p.param_dtype);
@@ -83,24 +121,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor&
   p.dsublayer_out = wanted.data(1, dsublayer_out);
   p.dweight = wanted.data(2, dweight);
   p.dbias = wanted.data(3, dbias);
-  cpu_kernels().norm->backward(p);
+  Device::run(p, x_in, seed, dropout_p);
   return {dx, dsublayer_out, dweight, dbias};
 }
 
 }  // namespace
 }  // namespace lwft
 
+constexpr char kForwardSchema[] =
+    "add_layer_norm_forward(Tensor x, Tensor sublayer_out, Tensor? weight, Tensor? bias, Tensor? seed, float eps, "
+    "float dropout_p) -> (Tensor out, Tensor mean, Tensor rstd)";
+constexpr char kBackwardSchema[] =
+    "add_layer_norm_backward(Tensor grad_out, Tensor x, Tensor sublayer_out, Tensor? weight, Tensor mean, "
+    "Tensor rstd, Tensor? seed, float dropout_p, int needs) "
+    "-> (Tensor dx, Tensor dsublayer_out, Tensor dweight, Tensor dbias)";
+
 STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
-  m.def(
-      "add_layer_norm_forward(Tensor x, Tensor sublayer_out, Tensor? weight, Tensor? bias, Tensor? seed, float eps, "
-      "float dropout_p) -> (Tensor out, Tensor mean, Tensor rstd)");
-  m.def(
-      "add_layer_norm_backward(Tensor grad_out, Tensor x, Tensor sublayer_out, Tensor? weight, Tensor mean, "
-      "Tensor rstd, Tensor? seed, float dropout_p, int needs) "
-      "-> (Tensor dx, Tensor dsublayer_out, Tensor dweight, Tensor dbias)");
+  m.def(kForwardSchema);
+  m.def(kBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lwft, CPU, m) {
-  m.impl("add_layer_norm_forward", TORCH_BOX(&lwft::add_layer_norm_forward));
-  m.impl("add_layer_norm_backward", TORCH_BOX(&lwft::add_layer_norm_backward));
+  m.impl("add_layer_norm_forward", TORCH_BOX(&lwft::add_layer_norm_forward<lwft::OnCpu>));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&lwft::add_layer_norm_backward<lwft::OnCpu>));
 }
+
+#ifdef LWFT_WITH_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(lwft_cuda, m) {
+  m.def(kForwardSchema);
+  m.def(kBackwardSchema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lwft_cuda, CUDA, m) {
+  m.impl("add_layer_norm_forward", TORCH_BOX(&lwft::add_layer_norm_forward<lwft::OnCuda>));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&lwft::add_layer_norm_backward<lwft::OnCuda>));
+}
+#endif

@@ -1,13 +1,11 @@
-// The emulation of CUDA itself: each instruction against the PTX manual, mistakes that it must find, and the kernels that
-// are built on it, with buffers of the exact size for AddressSanitizer.
+// The emulation of CUDA itself: each instruction against the PTX manual, and mistakes that it must find.
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <initializer_list>
 
-#include "adapter/adapter.h"
 #include "common/cuda/portable.cuh"
-#include "tests/check.h"
+#include "tests/cuda_modes.h"
 
 namespace {
 
@@ -15,20 +13,10 @@ using namespace lwft;
 using namespace lwft::cuda;
 using emulation::Schedule;
 using lwft::tests::check;
+using lwft::tests::in_every_mode;
 using lwft::tests::random_values;
 
 const char* const kWhere = "the emulation";
-
-// Runs `body` under every schedule, with late and with early copies.
-void in_every_mode(const std::function<void()>& body) {
-  for (Schedule schedule : {Schedule::round_robin, Schedule::greedy, Schedule::greedy_reversed}) {
-    for (bool early : {false, true}) {
-      emulation::options = {schedule, early};
-      body();
-    }
-  }
-  emulation::options = {};
-}
 
 // What launch() throws, or "" when it throws nothing.
 template <class... Arguments>
@@ -92,23 +80,30 @@ void test_mma(const char* name) {
   check(tests::relative_error(c, expected) < 1e-6, name, "mma");
 }
 
-LWFT_KERNEL(kWarpLanes) ldmatrix_kernel(uint32_t* result) {
+template <bool kTransposed>
+LWFT_KERNEL(kWarpLanes)
+ldmatrix_kernel(uint32_t* result) {
   auto* shared = reinterpret_cast<uint16_t*>(shared_memory());
   for (int i = thread_index(); i < 32 * 8; i += kWarpLanes) shared[i] = static_cast<uint16_t>(i);
   block_barrier();
   uint32_t r[4];
-  ldmatrix_x4(r, shared + (31 - thread_index()) * 8);  // row i of the four matrices: element (31 - i) * 8
+  const uint16_t* row = shared + (31 - thread_index()) * 8;  // row i of the four matrices: element (31 - i) * 8
+  kTransposed ? ldmatrix_x4_transposed(r, row) : ldmatrix_x4(r, row);
   for (int i = 0; i < 4; ++i) result[thread_index() * 4 + i] = r[i];
 }
 
 void test_ldmatrix() {
-  std::vector<uint32_t> result(kWarpLanes * 4);
-  launch(ldmatrix_kernel, 1, kWarpLanes, 4096, nullptr, result.data());
+  std::vector<uint32_t> result(kWarpLanes * 4), transposed(kWarpLanes * 4);
+  launch(ldmatrix_kernel<false>, 1, kWarpLanes, 4096, nullptr, result.data());
+  launch(ldmatrix_kernel<true>, 1, kWarpLanes, 4096, nullptr, transposed.data());
   for (int lane = 0; lane < kWarpLanes; ++lane) {
     for (int matrix = 0; matrix < 4; ++matrix) {
-      const int first = (31 - (matrix * 8 + lane / 4)) * 8 + lane % 4 * 2;
-      check(result[lane * 4 + matrix] == static_cast<uint32_t>(first | (first + 1) << 16), kWhere, "ldmatrix", lane,
-            matrix);
+      const auto element = [&](int row, int column) { return (31 - (matrix * 8 + row)) * 8 + column; };
+      const int i = lane / 4, j = lane % 4 * 2;
+      check(result[lane * 4 + matrix] == static_cast<uint32_t>(element(i, j) | element(i, j + 1) << 16), kWhere,
+            "ldmatrix", lane, matrix);
+      check(transposed[lane * 4 + matrix] == static_cast<uint32_t>(element(j, i) | element(j + 1, i) << 16), kWhere,
+            "ldmatrix.trans", lane, matrix);
     }
   }
 }
@@ -266,52 +261,6 @@ void test_mistakes() {
   });
 }
 
-// ---- kernels ----
-
-// Numbers are tested in python_tests/cuda; here, that nothing outside the buffers is touched and that the order in which
-// threads run does not matter.
-template <class T>
-void test_adapter(DType dtype, int64_t tokens, int64_t d, int64_t m, bool norm) {
-  const auto random = [](int64_t count, uint32_t seed) {
-    std::vector<uint16_t> bits;
-    for (float x : random_values<float>(count, seed)) bits.push_back(from_float<T>(x).bits);
-    return bits;
-  };
-  const auto x = random(tokens * d, 1), down = random(m * d, 2), down_bias = random(m, 3), up = random(d * m, 4);
-  const auto up_bias = random(d, 5), norm_weight = random(d, 6), norm_bias = random(d, 7);
-  std::vector<uint16_t> first;
-  in_every_mode([&] {
-    std::vector<uint16_t> out(tokens * d), hidden(tokens * m);
-    std::vector<float> mean(tokens), rstd(tokens);
-    AdapterForward p{};
-    p.tokens = tokens;
-    p.model_dim = d;
-    p.bottleneck = m;
-    p.dtype = p.param_dtype = dtype;
-    p.x = p.residual = x.data();
-    p.x_row_stride = p.residual_row_stride = d;
-    p.norm_weight = norm ? norm_weight.data() : nullptr;
-    p.norm_bias = norm ? norm_bias.data() : nullptr;
-    p.eps = 1e-5;
-    p.down_weight = down.data();
-    p.down_bias = down_bias.data();
-    p.activation = Activation::gelu;
-    p.up_weight = up.data();
-    p.up_bias = up_bias.data();
-    p.scale = 0.5;
-    p.dropout = make_dropout(1, 2, 0.25);
-    p.out = out.data();
-    p.hidden = hidden.data();
-    p.mean = mean.data();
-    p.rstd = rstd.data();
-    check(adapter_cuda_declines(p) == nullptr, kWhere, "the adapter declines", tokens, d, m);
-    check(adapter_forward_cuda(p, nullptr) == 0, kWhere, "the adapter fails", tokens, d, m);
-    for (uint16_t bits : out) check(std::isfinite(to_float(T{bits})), kWhere, "the adapter's result", tokens, d, m);
-    if (first.empty()) first = out;
-    check(out == first, kWhere, "the adapter gives the same result in every mode", tokens, d, m);
-  });
-}
-
 }  // namespace
 
 int main() {
@@ -323,9 +272,6 @@ int main() {
   test_conversions<BFloat16>("bf16", 0x7F80);
   test_conversions<Float16>("fp16", 0x7C00);
   test_mistakes();
-  test_adapter<BFloat16>(DType::bf16, 1, 8, 8, true);
-  test_adapter<BFloat16>(DType::bf16, 65, 136, 24, false);
-  test_adapter<Float16>(DType::f16, 70, 72, 72, true);
   if (tests::failures == 0) std::puts("ok");
   return tests::failures == 0 ? 0 : 1;
 }

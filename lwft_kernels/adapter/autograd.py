@@ -67,10 +67,10 @@ def _backward_fake(
     dropout_p: float,
     residual_is_x: bool,
     needs: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     m, d = down_weight.shape
     shapes = (x.shape, (m, d), (m,), (d, m), (d,), (d,), (d,))
-    return tuple(
+    return tuple(  # type: ignore[return-value]
         (x if bit == 0 else down_weight).new_empty(shape if needs >> bit & 1 else (0,))
         for bit, shape in enumerate(shapes)
     )
@@ -102,4 +102,5 @@ adapter = register(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="lwft_kernels.adapter.triton_op",
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lwft_kernels import backend, checks, dropout
@@ -69,12 +68,13 @@ def adapter(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
     """
-    if type(dropout_p) is float and dropout_p == 0.0 and type(eps) is float and type(scale) is float:
+    if backend.attempts(x) and dropout.is_probability(dropout_p) and type(eps) is float and type(scale) is float:
         position = _POSITIONS.get(activation) if type(activation) is str else None
         if position is not None:
-            found = backend.attempt(
+            seed = dropout.draw_seed(x.device) if dropout_p else None
+            found: Tensor | None = backend.attempt(
                 _OP, autograd.adapter, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
-                None if residual is x else residual, None, position, eps, scale, 0.0, residual is x,
+                None if residual is x else residual, seed, position, eps, scale, dropout_p, residual is x,
             )  # fmt: skip
             if found is not None:
                 return found
@@ -135,12 +135,7 @@ def adapter(
     dropout_p = checks.probability(_OP, "dropout_p", dropout_p)
 
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
-    declined = None
-    if x.device.type == "cuda" and torch.is_grad_enabled():
-        tensors = (x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, residual)
-        if any(t is not None and t.requires_grad for t in tensors):
-            declined = "the CUDA kernel has no gradient yet"
-    if not backend.use_native(_OP, x.device, declined):
+    if not backend.use_kernels(_OP, x):
         return reference.adapter(
             x, down_weight, down_bias, up_weight, up_bias, activation=activation, norm_weight=norm_weight,
             norm_bias=norm_bias, eps=eps, scale=scale, residual=residual, dropout_p=dropout_p, seed=seed,

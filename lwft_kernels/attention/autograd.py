@@ -112,5 +112,6 @@ attention = register(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="lwft_kernels.attention.triton_op",
     differentiable_outputs=2,
 )

@@ -12,6 +12,7 @@ from lwft_kernels import backend, checks, dropout
 from lwft_kernels.attention import autograd, reference
 
 _OP = "attention"
+_LARGEST_TRITON_HEAD = 256  # tiles of whole heads lie in the registers and the shared memory of one program
 
 
 @overload
@@ -110,6 +111,26 @@ def attention(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
     """
+    if (
+        backend.attempts(q)
+        and q.dim() == 4
+        and _are_plain(bias, mask, lengths)
+        and dropout.is_probability(dropout_p)
+        and type(causal) is bool
+        and type(return_lse) is bool
+        and (scale is None or type(scale) is float)
+        and (window is None or (type(window) is int and window > 0))
+        and (softcap is None or (type(softcap) is float and softcap > 0.0))
+    ):
+        found: tuple[Tensor, Tensor] | None = backend.attempt(
+            _OP, autograd.attention, q, k, v, bias, mask, prefix_k, prefix_v, lengths,
+            dropout.draw_seed(q.device) if dropout_p else None,
+            1.0 / math.sqrt(q.shape[3] or 1) if scale is None else scale,  # the op refuses a head size of zero
+            causal, window or 0, softcap or 0.0, dropout_p,
+        )  # fmt: skip
+        if found is not None:
+            return found if return_lse else found[0]
+
     for name, value in (("q", q), ("k", k), ("v", v)):
         checks.floating(_OP, name, value)
     autocast = checks.autocast_dtype(q.device)
@@ -148,7 +169,7 @@ def attention(
             raise ValueError(f"{_OP}: window must be at least 1 (a query sees itself), got {window}")
 
     seed = dropout.draw_seed(q.device) if dropout_p > 0.0 else None
-    if not backend.use_native(_OP, q.device):
+    if not backend.use_kernels(_OP, q, triton_limit=lambda: _triton_limit(head_dim)):
         return reference.attention(
             q, k, v, bias=bias, mask=mask, prefix_k=prefix_k, prefix_v=prefix_v, scale=scale, causal=causal,
             window=window, softcap=softcap, lengths=lengths, dropout_p=dropout_p, return_lse=return_lse,
@@ -161,6 +182,21 @@ def attention(
         scale, causal, window or 0, softcap or 0.0, dropout_p,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _triton_limit(head_dim: int) -> str | None:
+    if head_dim <= _LARGEST_TRITON_HEAD:
+        return None
+    return f"Triton's kernels take heads of at most {_LARGEST_TRITON_HEAD} elements, not {head_dim}"
+
+
+def _are_plain(bias: object, mask: object, lengths: object) -> bool:
+    """Whether these are in the form in which the op takes them: four dimensions, lengths of 64 bits."""
+    return (
+        (bias is None or (isinstance(bias, Tensor) and bias.dim() == 4))
+        and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4))
+        and (lengths is None or (isinstance(lengths, Tensor) and lengths.dtype == torch.int64))
+    )
 
 
 def _check_keys(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None) -> None:

@@ -217,7 +217,7 @@ def _why_not_here(op: str, x: Any) -> str | None:
         return "a torch.func transform or forward-mode AD is under way"
     if backend.current_backend() == "reference":
         return None
-    return backend.why_not_native(op, x.device)
+    return backend.why_not(op, x.device)
 
 
 def _why_not_together(x: Tensor, weights: list[Tensor]) -> str | None:

@@ -66,4 +66,4 @@ def _why_not(residual: Tensor, sublayer_out: Tensor, dropout: nn.Module | None, 
         return "a torch.func transform or forward-mode AD is under way"
     if backend.current_backend() == "reference":
         return None
-    return backend.why_not_native("add_layer_norm", residual.device)
+    return backend.why_not("add_layer_norm", residual.device)

@@ -155,7 +155,7 @@ def _why_not_attention(
             return "torch.jit.trace"
     if backend.current_backend() == "reference":
         return None
-    return backend.why_not_native("attention", query.device)
+    return backend.why_not("attention", query.device)
 
 
 def _why_not_shapes(

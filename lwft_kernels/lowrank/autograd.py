@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lwft_kernels import backend
-from lwft_kernels.registration import gradients, register, run_backward, wanted
+from lwft_kernels.registration import define, gradients, register, register_triton, run_backward, run_triton, wanted
 
 
 def _results(needs: int, *likes: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, ...]:
@@ -40,8 +40,8 @@ def _low_rank_forward_fake(
 
 def _low_rank_backward_fake(
     grad_out: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, hidden: Tensor, needs: int
-) -> tuple[Tensor, ...]:
-    return _results(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _results(  # type: ignore[return-value]
         needs,
         (x, tuple(x.shape)),
         (down_weight, tuple(down_weight.shape)),
@@ -70,6 +70,7 @@ low_rank_linear = register(
     backward_fake=_low_rank_backward_fake,
     setup_context=_low_rank_setup_context,
     backward=_low_rank_backward,
+    triton="lwft_kernels.lowrank.triton_op",
 )
 
 
@@ -102,10 +103,10 @@ def _lora_linear_backward_fake(
     scale: float,
     dropout_p: float,
     needs: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # not like `weight`, which may be bytes (a packed one has no gradient)
     d_out = lora_b.shape[-2]
-    return _results(
+    return _results(  # type: ignore[return-value]
         needs,
         (x, tuple(x.shape)),
         (x, (d_out, x.shape[-1])),
@@ -148,6 +149,7 @@ lora_linear = register(
     backward_fake=_lora_linear_backward_fake,
     setup_context=_lora_linear_setup_context,
     backward=_lora_linear_backward,
+    triton="lwft_kernels.lowrank.triton_op",
 )
 
 
@@ -178,8 +180,10 @@ def _lora_delta_backward_fake(
     scale: float,
     dropout_p: float,
     needs: int,
-) -> tuple[Tensor, ...]:
-    return _results(needs, (x, tuple(x.shape)), (lora_a, tuple(lora_a.shape)), (lora_b, tuple(lora_b.shape)))
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(  # type: ignore[return-value]
+        needs, (x, tuple(x.shape)), (lora_a, tuple(lora_a.shape)), (lora_b, tuple(lora_b.shape))
+    )
 
 
 def _lora_delta_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -201,14 +205,34 @@ lora_delta = register(
     backward_fake=_lora_delta_backward_fake,
     setup_context=_lora_delta_setup_context,
     backward=_lora_delta_backward,
+    triton="lwft_kernels.lowrank.triton_op",
 )
 
+
+def _lora_delta_in_place_fake(
+    base_out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    return _hidden(x, lora_a)
+
+
+define("lora_delta_forward_", _lora_delta_in_place_fake, mutates=("base_out",))
+register_triton("lora_delta_forward_", "lwft_kernels.lowrank.triton_op")
+torch.library.register_fake("lwft::lora_delta_forward_", _lora_delta_in_place_fake)
 if backend.library_error is None:
     torch.library.register_fake("lwft::unpack_weight_", lambda weight, packed: None)
-    torch.library.register_fake("lwft::lora_delta_forward_", lambda *arguments: _lora_delta_forward_fake(*arguments)[1])
 
 
 def _write_rows(base_out: Tensor, *rest: Any) -> Tensor:
+    if backend.by_triton(base_out):
+        by_triton: Tensor = run_triton("lora_delta_forward_", base_out, *rest)
+        return by_triton
     with torch._C._AutoDispatchBelowAutograd():
         hidden: Tensor = torch.ops.lwft.lora_delta_forward_.default(base_out, *rest)
     return hidden

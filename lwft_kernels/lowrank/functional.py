@@ -29,9 +29,10 @@ def low_rank_linear(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Ten
         TypeError, ValueError: an argument of the wrong dtype, shape or device; the message names it.
     """
     op = "low_rank_linear"
-    found = backend.attempt(op, autograd.low_rank_linear, x, down_weight, up_weight, bias)
-    if found is not None:
-        return found
+    if backend.attempts(x):
+        found: Tensor | None = backend.attempt(op, autograd.low_rank_linear, x, down_weight, up_weight, bias)
+        if found is not None:
+            return found
 
     _check_input(op, x)
     checks.floating(op, "down_weight", down_weight)
@@ -52,7 +53,7 @@ def low_rank_linear(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Ten
         checks.same_device(op, "bias", bias, "x", x)
         checks.same_dtype(op, "bias", bias, "down_weight", down_weight)
 
-    function = autograd.low_rank_linear if backend.use_native(op, x.device) else reference.low_rank_linear
+    function = autograd.low_rank_linear if backend.use_kernels(op, x) else reference.low_rank_linear
     out: Tensor = function(x, down_weight, up_weight, bias)
     return out
 
@@ -97,9 +98,11 @@ def lora_linear(
             torch.compile traces that is left to the kernel, which raises RuntimeError.
     """
     op = "lora_linear"
-    if adapter_index is None and type(dropout_p) is float and dropout_p == 0.0 and type(scale) is float:
-        base = operand(weight)
-        found = backend.attempt(op, autograd.lora_linear, x, base, bias, lora_a, lora_b, None, None, scale, 0.0)
+    if adapter_index is None and backend.attempts(x) and dropout.is_probability(dropout_p) and type(scale) is float:
+        seed = dropout.draw_seed(x.device) if dropout_p else None
+        found: Tensor | None = backend.attempt(
+            op, autograd.lora_linear, x, operand(weight), bias, lora_a, lora_b, None, seed, scale, dropout_p
+        )
         if found is not None:
             return found
 
@@ -133,8 +136,10 @@ def lora_linear(
     index = _token_adapters(op, adapter_index, x, lora_a.shape[0])
 
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
-    if backend.use_native(op, x.device, declined):
-        out: Tensor = autograd.lora_linear(x, operand(weight), bias, lora_a, lora_b, index, seed, scale, dropout_p)
+    if backend.use_kernels(op, x, declined):
+        # Triton's kernels read a plain weight
+        base = weight.unpack() if type(weight) is PackedWeight and backend.by_triton(x) else operand(weight)
+        out: Tensor = autograd.lora_linear(x, base, bias, lora_a, lora_b, index, seed, scale, dropout_p)
         return out
     rows = x.reshape(-1, d_in)
     out = reference.lora_linear(rows, weight, bias, lora_a, lora_b, index, scale=scale, dropout_p=dropout_p, seed=seed)
@@ -196,7 +201,7 @@ def lora_delta_(
     index = _token_adapters(op, adapter_index, x, lora_a.shape[0])
 
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
-    if not backend.use_native(op, x.device):
+    if not backend.use_kernels(op, x):
         rows = x.reshape(-1, x.shape[-1])
         delta = reference.lora_delta(rows, lora_a, lora_b, index, scale=scale, dropout_p=dropout_p, seed=seed)
         return base_out.add_(delta.view(base_out.shape))

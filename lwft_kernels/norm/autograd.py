@@ -89,4 +89,5 @@ add_layer_norm = register(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="lwft_kernels.norm.triton_op",
 )

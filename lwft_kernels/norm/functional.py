@@ -9,6 +9,7 @@ from lwft_kernels import backend, checks, dropout
 from lwft_kernels.norm import autograd, reference
 
 _OP = "add_layer_norm"
+_LARGEST_TRITON_ROW = 8192  # a row lies in the registers of one program
 
 
 def add_layer_norm(
@@ -38,8 +39,11 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
     """
-    if type(dropout_p) is float and dropout_p == 0.0 and type(eps) is float:
-        found = backend.attempt(_OP, autograd.add_layer_norm, x, sublayer_out, weight, bias, None, eps, 0.0)
+    if backend.attempts(x) and dropout.is_probability(dropout_p) and type(eps) is float:
+        seed = dropout.draw_seed(x.device) if dropout_p else None
+        found: Tensor | None = backend.attempt(
+            _OP, autograd.add_layer_norm, x, sublayer_out, weight, bias, seed, eps, dropout_p
+        )
         if found is not None:
             return found
 
@@ -71,7 +75,13 @@ def add_layer_norm(
         checks.same_dtype(_OP, "bias", bias, "weight", weight)
 
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
-    if not backend.use_native(_OP, x.device):
+    if not backend.use_kernels(_OP, x, triton_limit=lambda: _triton_limit(d)):
         return reference.add_layer_norm(x, sublayer_out, weight, bias, eps, dropout_p=dropout_p, seed=seed)
     out: Tensor = autograd.add_layer_norm(x, sublayer_out, weight, bias, seed, eps, dropout_p)
     return out
+
+
+def _triton_limit(d: int) -> str | None:
+    if d <= _LARGEST_TRITON_ROW:
+        return None
+    return f"Triton's kernel takes rows of at most {_LARGEST_TRITON_ROW} elements, not {d}"

@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_inputs import make
 from oracle import check_op, outputs_and_gradients, relative_error
 from torch.utils.checkpoint import checkpoint
 
@@ -21,27 +22,6 @@ pytestmark = pytest.mark.usefixtures("native")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def make(batch, heads, kv_heads, queries, keys, head_dim, *, prefix=0, shared_prefix=True, bias=None, **rule):
-    """Arguments in float64; q, k, v are `(B, S, H, D).transpose(1, 2)` views, as models hand them over."""
-    generator = torch.Generator().manual_seed(queries * 1000 + keys + head_dim)
-
-    def leaf(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    arguments = {
-        "q": leaf(batch, queries, heads, head_dim).transpose(1, 2).requires_grad_(),
-        "k": leaf(batch, keys, kv_heads, head_dim).transpose(1, 2).requires_grad_(),
-        "v": leaf(batch, keys, kv_heads, head_dim).transpose(1, 2).requires_grad_(),
-    }
-    if prefix:
-        shape = (1 if shared_prefix else batch, kv_heads, prefix, head_dim)
-        arguments["prefix_k"] = leaf(*shape).requires_grad_()
-        arguments["prefix_v"] = leaf(*shape).requires_grad_()
-    if bias is not None:
-        arguments["bias"] = leaf(*bias).requires_grad_()
-    return {**arguments, **rule}
 
 
 def with_seed(**arguments):
@@ -527,10 +507,14 @@ WRONG = [
     ({"bias": torch.ones(1, 2, 4, 3, 5)}, ValueError, "bias must be broadcastable"),
     ({"bias": torch.ones(5).double()}, TypeError, "bias is torch.float64"),
     ({"bias": torch.ones(5, dtype=torch.bool)}, TypeError, "bias must be float"),
+    ({"bias": torch.ones(1, 4, 3, 4)}, ValueError, "bias must be broadcastable"),
+    ({"bias": torch.ones(1, 1, 1, 5).double()}, TypeError, "bias is torch.float64"),
     ({"bias": 1.0}, TypeError, "bias must be a Tensor"),
     ({"mask": torch.ones(5)}, TypeError, "pass an additive mask as bias"),
     ({"mask": torch.ones(6, dtype=torch.bool)}, ValueError, "mask must be broadcastable"),
     ({"mask": torch.ones(5, dtype=torch.bool, device="meta")}, ValueError, "mask is on meta"),
+    ({"mask": torch.ones(1, 1, 3, 5)}, TypeError, "pass an additive mask as bias"),
+    ({"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool)}, ValueError, "mask must be broadcastable"),
     ({"mask": True}, TypeError, "mask must be a Tensor"),
     ({"prefix_k": torch.ones(1, 2, 3, 8)}, ValueError, "prefix_v is None but prefix_k is given"),
     ({"prefix_v": torch.ones(1, 2, 3, 8)}, ValueError, "prefix_k is None but prefix_v is given"),

@@ -12,7 +12,8 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from lwft_bench import cli, memory, plot, report, results, run, timing
+from lwft_bench import cli, curves, memory, report, results, run, timing
+from lwft_bench.add_layer_norm import _case as case_of_norm
 from lwft_bench.attention import _case as case_of_attention
 
 SMOKE = ["run", "--preset", "smoke", "--threads", "1"]
@@ -33,7 +34,7 @@ def measurements(path):
     return json.loads(path.read_text())["measurements"]
 
 
-def row(medians, *, flops=1.0, traffic=1.0, gemm_rate=1.0, copy_rate=1.0, tokens=1, status=results.TIMED):
+def row(medians, *, flops=1.0, traffic=1.0, gemm_rate=1.0, copy_rate=1.0, tokens=1, threads=1, status=results.TIMED):
     """A made-up row of the providers in `medians`; None for one that was not timed."""
     found = {
         name: results.Result(results.WRONG, "error 1")
@@ -42,14 +43,14 @@ def row(medians, *, flops=1.0, traffic=1.0, gemm_rate=1.0, copy_rate=1.0, tokens
         for name, median in medians.items()
     }
     return results.Row(
-        "adapter", f"T={tokens}", {"T": tokens}, ("d=8", "T"), "float32", "fwd", 1, flops, traffic, gemm_rate,
-        copy_rate, "native", (), found,
+        "adapter", f"T={tokens}", {"T": tokens}, ("d=8", "T"), "float32", "fwd", threads, flops, traffic, gemm_rate,
+        copy_rate, "native", (), results=found,
     )  # fmt: skip
 
 
 def printed(rows):
     console = Console(width=200, record=True, file=io.StringIO())
-    report.print_table(rows, console, {})
+    report.print_table(rows, console)
     return console.export_text()
 
 
@@ -59,7 +60,7 @@ def test_every_family_end_to_end(tmp_path):
     assert result.exit_code == 0, result.output
     assert "WRONG" not in result.output
     assert "failed" not in result.output
-    assert "compile: left out of this preset" in result.output
+    assert "compile: left out" in result.output
     written = json.loads(json_path.read_text())
     assert written["environment"]["peaks"].keys() == {"GEMM float32", "copy"}
     assert {m["op"] for m in written["measurements"]} == {family.op for family in run.FAMILIES.values()}
@@ -79,9 +80,9 @@ def test_every_family_end_to_end(tmp_path):
 
 def test_the_file_holds_all_of_the_report(tmp_path):
     path = tmp_path / "run.json"
-    whole = results.Report(
-        "lwft-bench run", 3, {"torch": "2"}, [row({"eager": 3.0, "lwft": None}), row({"lwft": 1.0}, tokens=2)]
-    )
+    rows = [row({"eager": 3.0, "lwft": None}), row({"lwft": 1.0}, tokens=2)]
+    whole = results.Report("lwft-bench run", 3, {"torch": "2"}, rows, 2)
+    assert whole.partial() is None
     whole.write_json(path)
     assert results.read(path) == whole
 
@@ -153,6 +154,16 @@ def test_losses_stand_beside_wins():
     assert "3.00x eager" in text
 
 
+def test_the_summary_lists_every_loss():
+    rows = [row({"eager": ours, "lwft": 1.0}, tokens=n) for n, ours in enumerate((2.0, 0.98, 0.96, 0.5))]
+    console = Console(width=200, record=True, file=io.StringIO())
+    report.print_summary([*rows, row({"lwft": 1.0})], console)
+    first, *losses = console.export_text().splitlines()
+    assert "4 rows beside a peer: 1 above 1.03x, 1 level, rows below 0.97x: 2" in first
+    assert [line.split()[:2] for line in losses] == [["0.50x", "eager"], ["0.96x", "eager"]]
+    assert "adapter: T=3" in losses[0]
+
+
 def test_limit_is_the_nearer_one():
     assert row({"lwft": 2.0}, flops=10.0, gemm_rate=10.0, traffic=1.0, copy_rate=10.0).limit() == (1.0, "GEMM")
     slow_memory = row({"lwft": 4.0}, flops=10.0, gemm_rate=10.0, traffic=20.0, copy_rate=10.0)
@@ -195,19 +206,123 @@ def test_presets_grow():
     assert 0 < sizes[0] < sizes[1]
 
 
+@pytest.mark.parametrize("dtypes", [(), ("float32",)])
+def test_every_row_once(dtypes):
+    planned = run.plans(tuple(run.FAMILIES), "full", dtypes, run.MODES, (1, 2), cli.PROVIDERS)
+    rows = {(plan.family.op, plan.case.name, plan.dtype, plan.mode, plan.threads) for plan in planned}
+    assert len(rows) == len(planned)
+
+
 def test_environment():
     facts = json.loads(invoke("env", "--json").output)
     assert {"torch", "processor", "compiler", "instruction set", "library", "GPU"} <= facts.keys()
     assert "processor" in invoke("env").output
 
 
+def test_an_interrupted_run_leaves_what_it_has(tmp_path, monkeypatch):
+    """The second op is interrupted in its second case: the first op is in the file before that, and then the rest."""
+    family = run.FAMILIES["adapter"]
+    path, csv_path = tmp_path / "run.json", tmp_path / "run.csv"
+    before = []
+
+    def interrupted(case, arguments):
+        if "dropout_p" in case.sizes:
+            before.append(results.read(path))
+            raise KeyboardInterrupt
+        return family.providers["eager"](case, arguments)
+
+    broken = dataclasses.replace(family, providers={**family.providers, "eager": interrupted})
+    monkeypatch.setitem(run.FAMILIES, "adapter", broken)
+    words = ["low_rank", "adapter", "--mode", "fwd", "--json", path, "--csv", csv_path]
+    result = invoke(*SMOKE, *words)
+    assert result.exit_code == 1
+    assert "3 rows: low_rank_linear 1, adapter 2" in result.output
+    assert [r.op for r in before[0].rows] == ["low_rank_linear"]
+    left = results.read(path)
+    assert [r.op for r in left.rows] == ["low_rank_linear", "adapter"]
+    assert left.partial() == "PARTIAL, 2 of 3 rows"
+    assert json.loads(path.read_text())["partial"] == left.partial()
+    with csv_path.open() as file:
+        assert {line["partial"] for line in csv.DictReader(file)} == {left.partial()}
+
+
+def test_a_provider_may_be_left_out(tmp_path):
+    path = tmp_path / "run.json"
+    result = invoke(*SMOKE, "lora", "--mode", "fwd", "--without", "peft,addmm", "--json", path)
+    assert result.exit_code == 0, result.output
+    assert "peft: left out by --without" in result.output
+    assert {m["provider"] for m in measurements(path)} == {"eager", "lwft"}
+
+
+def test_a_prefix_is_told_against_the_call_without(tmp_path):
+    path = tmp_path / "run.json"
+    result = invoke(*SMOKE, "attention", "--json", path)
+    beside = {m["case"]: m for m in measurements(path) if m["beside"] is not None}
+    assert beside
+    for m in beside.values():
+        assert m["sizes"]["prefix"]
+        assert m["beside_seconds"] > 0
+    assert "as long as the same without a prefix" in result.output
+
+
+def test_cost_of_a_unit_and_its_growth():
+    medians = {1: 4.0, 10: 20.0, 100: 300.0, 200: 500.0}  # per token 4, 2, 3, 2.5
+    rows = [row({"eager": 2.0 * n, "lwft": medians[n]}, tokens=n) for n in (200, 100, 1, 10)]
+    (curve,) = curves.curves(rows)
+    assert (curve.axis, curve.unit, [x for x, _ in curve.points]) == ("T", "token", [1, 10, 100, 200])
+    assert curve.costs(True) == [4.0, 2.0, 3.0, 2.5]
+    assert list(curve.growths(True)) == [None, 0.5, 1.5, 1.25]  # to the least so far, not to the one before
+    assert list(curve.growths(False)) == [None, 1.0, 1.0, 1.0]
+    assert curves.curves(rows[:2]) == []
+
+
+def test_threads_are_shown_at_the_largest_size():
+    rows = [row({"lwft": 8.0 / count}, tokens=n, threads=count) for n in (1, 9) for count in (1, 2, 4)]
+    (curve,) = curves.curves(rows)
+    assert [(count, r.sizes["T"]) for count, r in curve.points] == [(1, 9), (2, 9), (4, 9)]
+    assert curve.unit == "call"
+    assert list(curves.gains(curve, True)) == [1.0, 2.0, 4.0]
+
+
+def test_curves_have_a_unit_and_the_largest_size_every_thread_count():
+    planned = run.curve_plans(tuple(run.FAMILIES), (), ("fwd",), (1, 2), cli.PROVIDERS)
+    assert {plan.case.curve[1] for plan in planned} == set(curves.UNITS)
+    with_one = [plan for plan in planned if plan.threads == 1]
+    for plan in with_one:
+        name, axis = plan.case.curve
+        others = [
+            p.case.sizes[axis]
+            for p in planned
+            if (p.family.op, p.case.curve, p.dtype) == (plan.family.op, plan.case.curve, plan.dtype)
+        ]
+        assert plan.case.sizes[axis] == max(others)
+        assert len(set(others)) >= 3, (name, others)
+    assert 0 < len(with_one) < len(planned) / 2
+    assert run.thread_counts(1) == (1,)
+    assert run.thread_counts(6) == (1, 2, 4, 6)
+    assert run.thread_counts(8) == (1, 2, 4, 8)
+
+
+def test_curves_end_to_end(tmp_path, monkeypatch):
+    small = dataclasses.replace(
+        run.FAMILIES["add_layer_norm"], cases=tuple(case_of_norm("full", n, 24) for n in (1, 3, 9))
+    )
+    monkeypatch.setitem(run.FAMILIES, "add_layer_norm", small)
+    path = tmp_path / "curves.json"
+    words = ["--mode", "fwd", "--threads", "1,2", "--min-time", "0.001", "--json", path]
+    result = invoke("curves", "add_layer_norm", *words)
+    assert result.exit_code == 0, result.output
+    assert "4 rows: add_layer_norm 4" in result.output
+    for words in ("/ token", "T=9", "threads=2", "points where our cost grows by more than 10%:"):
+        assert words in result.output
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_plot_draws_curves(tmp_path):
     rows = [row({"eager": 2e-6 * n, "lwft": 1e-6 * n}, tokens=n) for n in (1, 10, 100)]
-    (curve,) = plot.curves(rows)
-    assert [x for x, _ in curve.points] == [1, 10, 100]
     source = tmp_path / "run.json"
     environment = {"processor": "x", "instruction set": "y", "torch": "z", "commit": "-", "date": "2000-01-01"}
-    results.Report("lwft-bench run", 0, environment, rows).write_json(source)
+    results.Report("lwft-bench run", 0, environment, rows, 4).write_json(source)
     result = invoke("plot", source, "-o", tmp_path / "out.png")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
@@ -234,6 +349,8 @@ def test_plot_refuses_other_files(tmp_path):
         ("run", "sort"),
         ("run", "--dtype", "int8"),
         ("run", "--providers", "nobody"),
+        ("run", "--providers", "eager", "--without", "eager"),
+        ("curves", "peft"),  # no curve
         ("plot", "no.json", "-o", "x.png"),
     ],
 )

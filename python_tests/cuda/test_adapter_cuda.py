@@ -1,13 +1,11 @@
-"""The CUDA adapter forward in the emulation of csrc/common/cuda: its numbers, without a GPU."""
+"""The CUDA adapter in the emulation of csrc/common/cuda: its numbers, without a GPU."""
 
 from __future__ import annotations
 
-import itertools
-
 import lwft_harness
-import numpy as np
 import pytest
 import torch
+from emulated import MODES, to_numpy, to_torch
 from oracle import assert_accurate
 
 from lwft_kernels.adapter import reference
@@ -15,27 +13,6 @@ from lwft_kernels.adapter.functional import ACTIVATIONS
 
 SEED, OFFSET, EPS = 11, 13, 1e-5
 DTYPES = (torch.bfloat16, torch.float16)
-MODES = list(itertools.product(("round_robin", "greedy", "greedy_reversed"), (False, True)))
-
-
-@pytest.fixture(autouse=True)
-def _default_mode():
-    yield
-    lwft_harness.set_cuda_emulation("round_robin", False)
-
-
-def to_numpy(tensor):
-    """numpy has no bfloat16: its bits travel as uint16. On addresses that the kernel's vector loads need."""
-    array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    memory = np.empty(array.size + 8, array.dtype)
-    start = -memory.ctypes.data % 16 // array.itemsize
-    aligned = memory[start : start + array.size].reshape(array.shape)
-    aligned[...] = array
-    return aligned
-
-
-def to_torch(array):
-    return torch.from_numpy(array).view(torch.bfloat16 if array.dtype == np.uint16 else torch.float16)
 
 
 def arguments(tokens, d, m, dtype, norm):
@@ -142,3 +119,84 @@ def test_zero_tokens():
     out, hidden, *_ = emulated(arguments(0, 16, 8, torch.float16, True))
     assert out.shape == (0, 16)
     assert hidden.shape == (0, 8)
+
+
+# ---- backward ----
+
+GRADIENTS = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "norm_weight", "norm_bias")
+
+
+def check_backward(values, activation="gelu", scale=0.7, p=0.0):
+    """Gradients along a random direction, with the residual x, from what forward kept."""
+    dtype = values["x"].dtype
+    direction = torch.randn(values["x"].shape).to(dtype)
+    arrays = {name: None if value is None else to_numpy(value) for name, value in values.items()}
+    kind = ACTIVATIONS.index(activation)
+    _, hidden, mean, rstd = emulated(values, activation, scale, p)
+    grads = lwft_harness.adapter_backward(
+        "cuda", to_numpy(direction), arrays["x"], arrays["down_weight"], arrays["up_weight"], arrays["norm_weight"],
+        arrays["norm_bias"], to_numpy(to_torch(hidden)), mean, rstd, kind, scale, SEED, OFFSET, p,
+    )  # fmt: skip
+    ours = {name: to_torch(grad) for name, grad in zip(GRADIENTS, grads, strict=True) if values[name] is not None}
+
+    def run(torch_dtype):
+        leaves = {
+            name: None if value is None else value.to(torch_dtype, copy=True).requires_grad_()
+            for name, value in values.items()
+        }
+        out = reference.adapter(
+            **leaves, activation=activation, scale=scale, residual=leaves["x"], dropout_p=p, eps=EPS,
+            seed=torch.tensor([SEED, OFFSET]),
+        )  # fmt: skip
+        named = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+        return dict(zip(named, torch.autograd.grad(out, list(named.values()), direction.to(torch_dtype)), strict=True))
+
+    assert_accurate(ours, run(dtype), run(torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("tokens,d,m", [(1, 8, 8), (63, 64, 64), (64, 72, 56), (65, 136, 24), (130, 264, 64)])
+def test_backward(tokens, d, m, norm, dtype):
+    check_backward(arguments(tokens, d, m, dtype, norm))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_backward_of_activations(activation):
+    check_backward(arguments(17, 40, 16, torch.float16, False), activation)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("p", [0.1, 0.75])
+def test_backward_of_dropout(p, norm):
+    check_backward(arguments(70, 136, 24, torch.bfloat16, norm), p=p)
+
+
+@pytest.mark.parametrize("tokens,d", [(600, 8), (300, 4352)])
+def test_backward_of_several_ranges_of_tokens(tokens, d):
+    """Ranges of a tile each for one chunk of columns, and of two tiles each for 68."""
+    check_backward(arguments(tokens, d, 8, torch.float16, True))
+
+
+@pytest.mark.parametrize("schedule,early_copies", MODES)
+def test_the_order_of_threads_and_copies_does_not_matter_to_backward(schedule, early_copies):
+    values = arguments(70, 136, 24, torch.bfloat16, True)
+    arrays = {name: to_numpy(value) for name, value in values.items()}
+    direction = to_numpy(torch.randn(70, 136).bfloat16())
+    _, hidden, mean, rstd = emulated(values, "gelu", 0.7, 0.1)
+
+    def run():
+        return lwft_harness.adapter_backward(
+            "cuda", direction, arrays["x"], arrays["down_weight"], arrays["up_weight"], arrays["norm_weight"],
+            arrays["norm_bias"], to_numpy(to_torch(hidden)), mean, rstd, 1, 0.7, SEED, OFFSET, 0.1,
+        )  # fmt: skip
+
+    expected = run()
+    lwft_harness.set_cuda_emulation(schedule, early_copies)
+    for mine, theirs in zip(run(), expected, strict=True):
+        assert mine.tobytes() == theirs.tobytes()
+
+
+def test_backward_declines_what_it_cannot_serve():
+    with pytest.raises(ValueError, match="multiple of 8 and at most 64"):
+        check_backward(arguments(3, 16, 72, torch.float16, False))

@@ -24,6 +24,28 @@ def entries(source, tmp_path):
     return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
+def test_add_layer_norm_reads_and_writes_whole_vectors(tmp_path):
+    kernels = entries("norm/norm_cuda.cu", tmp_path)
+    assert len(kernels) == 9  # 3 dtypes: forward, backward, the sum of partial sums
+    for kernel in kernels:
+        assert ".local" not in kernel, "an array is indexed by a value known only at run time"
+        if "sum_partials" in kernel:
+            continue
+        assert kernel.count("ld.global.v4.u32") + kernel.count("ld.global.v4.f32") + kernel.count("ld.global.nc") > 0
+        assert not re.findall(r"[ls][dt]\.global\.[bu](?:8|16)\b", kernel), "an element alone is read or written"
+
+
+def test_adapter_backward_is_of_tensor_core_instructions(tmp_path):
+    kernels = entries("adapter/adapter_backward_cuda.cu", tmp_path)
+    assert len(kernels) == 8  # 2 dtypes: dx, the weights, the down bias, the sums
+    for kernel in kernels:
+        assert ".local" not in kernel, "an array is indexed by a value known only at run time"
+        if "adapter_dx" in kernel or "adapter_weights" in kernel:
+            assert "mma.sync.aligned.m16n8k16" in kernel
+            assert "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in kernel
+            assert "cp.async.cg.shared.global" in kernel
+
+
 def test_adapter_forward_is_of_tensor_core_instructions(tmp_path):
     kernels = entries("adapter/adapter_cuda.cu", tmp_path)
     assert len(kernels) == 6  # 2 dtypes, 3 sizes of bottleneck

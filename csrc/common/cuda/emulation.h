@@ -235,24 +235,29 @@ inline unsigned char* shared_memory() {
 }
 
 // Lane i gives the address of row i % 8 of matrix i / 8; it gets of each matrix the elements 2 (i % 4) and the next of
-// row i / 4.
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+// row i / 4, of the transposed matrix in the second form.
+template <bool kTransposed>
+inline void ldmatrix(uint32_t (&r)[4], const void* row, const char* name) {
   emulation::check_aligned(row, "ldmatrix");
   emulation::Warp& warp = emulation::current->warp();
   const int lane = emulation::current->lane();
   warp.in[lane][0] = reinterpret_cast<uint64_t>(row);
-  emulation::warp_instruction("ldmatrix", [](emulation::Warp& w) {
+  emulation::warp_instruction(name, [](emulation::Warp& w) {
     for (int target = 0; target < kWarpLanes; ++target) {
       for (int matrix = 0; matrix < 4; ++matrix) {
-        const auto* from = reinterpret_cast<const uint16_t*>(w.in[matrix * 8 + target / 4][0]);
-        uint32_t pair;
-        std::memcpy(&pair, from + 2 * (target % 4), sizeof(pair));
-        w.out[target][matrix] = pair;
+        const auto element = [&](int i, int j) -> uint32_t {
+          const auto* from = reinterpret_cast<const uint16_t*>(w.in[matrix * 8 + (kTransposed ? j : i)][0]);
+          return from[kTransposed ? i : j];
+        };
+        const int i = target / 4, j = 2 * (target % 4);
+        w.out[target][matrix] = element(i, j) | element(i, j + 1) << 16;
       }
     }
   });
   for (int i = 0; i < 4; ++i) r[i] = static_cast<uint32_t>(warp.out[lane][i]);
 }
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix<false>(r, row, "ldmatrix"); }
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) { ldmatrix<true>(r, row, "ldmatrix.trans"); }
 
 inline float to_float(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;

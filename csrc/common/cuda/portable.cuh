@@ -7,6 +7,7 @@
 // The set of instructions is small on purpose, since each is a promise about the hardware that the emulation makes:
 //
 //   ldmatrix_x4            four 8x8 matrices of 16-bit elements from shared memory, one row address per lane
+//   ldmatrix_x4_transposed the same, each matrix transposed on the way
 //   mma                    C[16, 8] += A[16, 16] B[16, 8], bf16 or fp16 in, fp32 out
 //   copy_async             16 bytes from global to shared memory, or zeros; copy_commit, copy_wait<N>
 //   block_barrier          __syncthreads

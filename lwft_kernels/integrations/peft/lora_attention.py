@@ -154,4 +154,4 @@ def _why_not(module: Any, call: _Call) -> str | None:
             return "inputs, weights and adapter differ in dtype"
     if backend.current_backend() == "reference":
         return None
-    return backend.why_not_native("attention", call.query.device)
+    return backend.why_not("attention", call.query.device)

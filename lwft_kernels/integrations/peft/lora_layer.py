@@ -94,7 +94,7 @@ def _simple(module: lora.Linear, x: Tensor) -> Tensor | None:
         return None
     if bias is not None and type(bias) is not nn.Parameter:
         return None
-    if dropout_p and not backend.attempts(x):
+    if not backend.attempts(x):
         return None
     seed = dropout.draw_seed(x.device) if dropout_p else None
     out: Tensor | None = backend.attempt(
@@ -203,7 +203,7 @@ def _why_not(module: Any, x: Any) -> str | None:
         return "cast_input_dtype_enabled is off"
     if backend.current_backend() == "reference":
         return None
-    return backend.why_not_native("lora_linear", x.device)
+    return backend.why_not("lora_linear", x.device)
 
 
 def _why_not_branch(module: Any, branch: _Branch, x: Tensor, mixed: bool) -> str | None:
@@ -288,7 +288,7 @@ def _with_base(x: Tensor, weight: Tensor, bias: Tensor | None, branch: _Branch) 
         tokens = tokens.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1]).reshape(-1)
     if backend.attempts(x):
         seed = dropout.draw_seed(x.device) if branch.dropout_p else None
-        found = backend.attempt(
+        found: Tensor | None = backend.attempt(
             "lora_linear", autograd.lora_linear, x, operand(weight), bias, branch.a, branch.b, tokens, seed,
             branch.scale, branch.dropout_p,
         )  # fmt: skip

@@ -166,7 +166,7 @@ def why_not(
     if not torch.compiler.is_compiling() and registration.transforms_active():
         return "a torch.func transform or forward-mode AD is under way"
     if backend.current_backend() != "reference":
-        reason = backend.why_not_native("attention", query.device)
+        reason = backend.why_not("attention", query.device)
         if reason is not None:
             return reason
     # last, for it reads values, and a device without the kernel should not be waited for

@@ -1,0 +1,234 @@
+// The CUDA kernels in the emulation: the results of the CPU kernels, in whatever order threads run, from buffers of the
+// exact size for AddressSanitizer. Numbers are tested in depth from Python;
+// python_tests/cuda/test_planted_faults.py breaks the kernels and looks whether this notices.
+#include <cmath>
+#include <cstring>
+
+#include "adapter/adapter.h"
+#include "common/cpu/dispatch.h"
+#include "common/cuda/row.cuh"
+#include "norm/norm.h"
+#include "tests/cuda_modes.h"
+
+namespace {
+
+using namespace lwft;
+using namespace lwft::cuda;
+using lwft::tests::check;
+using lwft::tests::in_every_mode;
+using lwft::tests::random_values;
+using lwft::tests::relative_error;
+
+const char* const kWhere = "the emulation";
+
+template <class T>
+constexpr DType kType = DType::f32;
+template <>
+constexpr DType kType<BFloat16> = DType::bf16;
+template <>
+constexpr DType kType<Float16> = DType::f16;
+
+// Between two kernels that round intermediate results in different places.
+template <class T>
+constexpr double kAllowedError = 2e-6;
+template <>
+constexpr double kAllowedError<BFloat16> = 2e-2;
+template <>
+constexpr double kAllowedError<Float16> = 3e-3;
+
+template <class T>
+std::vector<T> random(int64_t count, uint32_t seed) {
+  std::vector<T> values;
+  for (float x : random_values<float>(count, seed)) values.push_back(from_float<T>(x));
+  return values;
+}
+
+template <class T>
+using Results = std::vector<std::vector<T>>;
+
+template <class T>
+bool same_bits(const Results<T>& a, const Results<T>& b) {
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (a[i].size() > 0 && std::memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(T)) != 0) return false;
+  }
+  return true;
+}
+
+// `on_gpu` and `on_cpu` give the results of the same call.
+template <class T, class OnGpu, class OnCpu>
+void compare(const char* op, int64_t tokens, int64_t d, int64_t m, const OnGpu& on_gpu, const OnCpu& on_cpu) {
+  const Results<T> expected = on_cpu();
+  Results<T> first;
+  in_every_mode([&] {
+    const Results<T> found = on_gpu();
+    for (size_t i = 0; i < found.size(); ++i) {
+      std::vector<float> value;
+      std::vector<double> right;
+      for (T x : found[i]) value.push_back(to_float(x));
+      for (T x : expected[i]) right.push_back(to_float(x));
+      // a NaN is no small error, so not `> allowed`
+      check(relative_error(value, right) <= kAllowedError<T>, kWhere, op, tokens, d, static_cast<int64_t>(i));
+    }
+    if (first.empty()) first = found;
+    check(same_bits(found, first), kWhere, "the same bits in every mode", tokens, d, m);
+  });
+}
+
+template <class T>
+void test_add_layer_norm(int64_t tokens, int64_t d) {
+  const auto x = random<T>(tokens * d, 1), u = random<T>(tokens * d, 2), weight = random<T>(d, 3);
+  const auto bias = random<T>(d, 4), grad_out = random<T>(tokens * d, 5);
+  const auto run = [&](auto&& forward, auto&& backward) {
+    Results<T> results{std::vector<T>(tokens * d), std::vector<T>(tokens * d), std::vector<T>(tokens * d),
+                       std::vector<T>(d), std::vector<T>(d)};
+    std::vector<float> mean(tokens), rstd(tokens);
+    AddLayerNormForward p{};
+    p.tokens = tokens;
+    p.model_dim = d;
+    p.x_dtype = p.sublayer_dtype = p.out_dtype = p.param_dtype = kType<T>;
+    p.x = x.data();
+    p.sublayer_out = u.data();
+    p.x_row_stride = p.sublayer_row_stride = d;
+    p.weight = weight.data();
+    p.bias = bias.data();
+    p.eps = 1e-5;
+    p.dropout = make_dropout(1, 2, 0.25);
+    p.out = results[0].data();
+    p.mean = mean.data();
+    p.rstd = rstd.data();
+    forward(p);
+    AddLayerNormBackward b{};
+    b.tokens = tokens;
+    b.model_dim = d;
+    b.x_dtype = b.sublayer_dtype = b.out_dtype = b.param_dtype = kType<T>;
+    b.grad_out = grad_out.data();
+    b.x = x.data();
+    b.sublayer_out = u.data();
+    b.grad_out_row_stride = b.x_row_stride = b.sublayer_row_stride = d;
+    b.weight = weight.data();
+    b.mean = mean.data();
+    b.rstd = rstd.data();
+    b.dropout = p.dropout;
+    b.dx = results[1].data();
+    b.dsublayer_out = results[2].data();
+    b.dweight = results[3].data();
+    b.dbias = results[4].data();
+    backward(b);
+    return results;
+  };
+  compare<T>(
+      "add_layer_norm", tokens, d, 0,
+      [&] {
+        return run(
+            [](const AddLayerNormForward& p) {
+              check(add_layer_norm_cuda_declines(p) == nullptr, kWhere, "add_layer_norm declines");
+              check(add_layer_norm_forward_cuda(p, nullptr) == 0, kWhere, "add_layer_norm fails");
+            },
+            [](AddLayerNormBackward& p) {
+              check(add_layer_norm_cuda_declines(p) == nullptr, kWhere, "its backward declines");
+              std::vector<float> workspace(add_layer_norm_backward_workspace(p), NAN);
+              p.workspace = workspace.data();
+              check(add_layer_norm_backward_cuda(p, nullptr) == 0, kWhere, "its backward fails");
+            });
+      },
+      [&] { return run(cpu_level(0).norm->forward, cpu_level(0).norm->backward); });
+}
+
+// Without dropout where !norm, so that both ways through each are met.
+template <class T>
+void test_adapter(int64_t tokens, int64_t d, int64_t m, bool norm) {
+  const auto x = random<T>(tokens * d, 1), down = random<T>(m * d, 2), down_bias = random<T>(m, 3);
+  const auto up = random<T>(d * m, 4), up_bias = random<T>(d, 5), norm_weight = random<T>(d, 6);
+  const auto norm_bias = random<T>(d, 7), grad_out = random<T>(tokens * d, 8);
+  const bool backward_too = m <= 64;
+  const auto run = [&](auto&& forward, auto&& backward) {
+    Results<T> results{std::vector<T>(tokens * d), std::vector<T>(tokens * m)};
+    std::vector<float> mean(tokens), rstd(tokens);
+    AdapterForward p{};
+    p.tokens = tokens;
+    p.model_dim = d;
+    p.bottleneck = m;
+    p.dtype = p.param_dtype = kType<T>;
+    p.x = p.residual = x.data();
+    p.x_row_stride = p.residual_row_stride = d;
+    p.norm_weight = norm ? norm_weight.data() : nullptr;
+    p.norm_bias = norm ? norm_bias.data() : nullptr;
+    p.eps = 1e-5;
+    p.down_weight = down.data();
+    p.down_bias = down_bias.data();
+    p.activation = Activation::gelu;
+    p.up_weight = up.data();
+    p.up_bias = up_bias.data();
+    p.scale = 0.5;
+    if (norm) p.dropout = make_dropout(1, 2, 0.25);
+    p.out = results[0].data();
+    p.hidden = results[1].data();
+    p.mean = mean.data();
+    p.rstd = rstd.data();
+    forward(p);
+    if (!backward_too) return results;
+    for (int64_t size : {tokens * d, m * d, m, d * m, d}) results.emplace_back(size);
+    if (norm) results.emplace_back(d), results.emplace_back(d);
+    AdapterBackward b{};
+    b.tokens = tokens;
+    b.model_dim = d;
+    b.bottleneck = m;
+    b.dtype = b.param_dtype = kType<T>;
+    b.grad_out = grad_out.data();
+    b.x = x.data();
+    b.grad_out_row_stride = b.x_row_stride = d;
+    b.norm_weight = p.norm_weight;
+    b.norm_bias = p.norm_bias;
+    b.mean = mean.data();
+    b.rstd = rstd.data();
+    b.down_weight = down.data();
+    b.hidden = results[1].data();
+    b.activation = p.activation;
+    b.up_weight = up.data();
+    b.scale = p.scale;
+    b.dropout = p.dropout;
+    b.residual_is_x = true;
+    b.dx = results[2].data();
+    b.ddown_weight = results[3].data();
+    b.ddown_bias = results[4].data();
+    b.dup_weight = results[5].data();
+    b.dup_bias = results[6].data();
+    b.dnorm_weight = norm ? results[7].data() : nullptr;
+    b.dnorm_bias = norm ? results[8].data() : nullptr;
+    backward(b);
+    return results;
+  };
+  compare<T>(
+      "the adapter", tokens, d, m,
+      [&] {
+        return run(
+            [](const AdapterForward& p) {
+              check(adapter_cuda_declines(p) == nullptr, kWhere, "the adapter declines");
+              check(adapter_forward_cuda(p, nullptr) == 0, kWhere, "the adapter fails");
+            },
+            [](AdapterBackward& p) {
+              check(adapter_cuda_declines(p) == nullptr, kWhere, "its backward declines");
+              std::vector<float> workspace(adapter_backward_workspace(p), NAN);
+              p.workspace = workspace.data();
+              check(adapter_backward_cuda(p, nullptr) == 0, kWhere, "its backward fails");
+            });
+      },
+      [&] { return run(cpu_level(0).adapter->forward, cpu_level(0).adapter->backward); });
+}
+
+}  // namespace
+
+int main() {
+  set_parallel_for(tests::run_on_two_threads);
+  test_adapter<BFloat16>(1, 8, 8, true);
+  test_adapter<BFloat16>(65, 136, 24, false);
+  test_adapter<Float16>(70, 72, 56, true);
+  test_adapter<Float16>(3, 136, 72, true);
+  test_adapter<BFloat16>(140, 8, 64, true);
+  test_add_layer_norm<BFloat16>(3, 1032);
+  test_add_layer_norm<Float16>(9, 72);
+  test_add_layer_norm<float>(2, 4104);
+  test_add_layer_norm<float>(270, 4104);  // more rows than blocks of backward
+  if (tests::failures == 0) std::puts("ok");
+  return tests::failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,85 @@
+"""One way to launch a kernel: with a configuration chosen among candidates, or only written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lwft_kernels.triton import tuning
+from lwft_kernels.triton.cards import card_of
+from lwft_kernels.triton.tuning import Configuration
+
+Grid = Callable[[Configuration], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was written down instead of run.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        args: its positional arguments.
+        constants: its compile-time arguments, those of the configuration among them.
+        configuration: with which it would have run.
+    """
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    configuration: Configuration
+
+
+_recorded: list[Launch] | None = None
+
+
+def record(call: Callable[[], object]) -> list[Launch]:
+    """The launches of `call`, one per candidate configuration. Nothing runs, so its tensors may be meta tensors."""
+    global _recorded
+    found: list[Launch] = []
+    _recorded = found
+    try:
+        call()
+    finally:
+        _recorded = None
+    return found
+
+
+def launch(
+    kernel: Any,
+    *args: Any,
+    grid: Grid,
+    candidates: Sequence[Configuration],
+    band: tuple[Any, ...] = (),
+    **constants: Any,
+) -> None:
+    """Run `kernel` once.
+
+    Args:
+        kernel: a `triton.jit` function. It must write its results only, so that running it again does no harm.
+        args: its positional arguments.
+        grid: the number of programs, given the configuration.
+        candidates: the configurations that may serve the call. The first is the one for a card nobody has measured.
+        band: what the best choice depends on: sizes (in bands, see `tuning.size_band`), dtypes, options.
+        constants: compile-time arguments that are not the configuration's.
+    """
+    if _recorded is not None:
+        _recorded.extend(Launch(kernel, args, {**constants, **c.blocks}, c) for c in candidates)
+        return
+
+    def run(configuration: Configuration) -> None:
+        kernel[grid(configuration)](
+            *args,
+            **constants,
+            **configuration.blocks,
+            num_warps=configuration.num_warps,
+            num_stages=configuration.num_stages,
+        )
+
+    if len(candidates) == 1:
+        run(candidates[0])
+        return
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    run(tuning.choose(kernel.__name__, card_of(device), band, candidates, run))
