@@ -41,7 +41,8 @@ enum class Mode { overwrite, accumulate };
 
 // Memory that is read next, for a product to fetch into the second cache while it computes. What a product streams from
 // memory, it would wait for: no prefetcher of the machine goes past the end of a page. The requests are spread evenly over
-// the product, or they would stand in the way of its own (both measured: at 64 rows 150 and 171 GFLOP/s, without 120).
+// the product, or they would stand in the way of its own. (64 rows by a weight of 4096 x 4096, on a Xeon: 120 GFLOP/s
+// without, 150 with all requests at once, 171 so.)
 struct Ahead {
   const char* next = nullptr;
   int64_t bytes = 0, pace = 0;
