@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lwft_kernels import functional as LF
+from lwft_kernels.lowrank.packed_weight import PackedWeight
 
 from .case import Arguments, Case, Family, NotOffered, Run, compiled, normal, overhead
 from .lora_chain import AddmmChain
@@ -20,8 +21,8 @@ SCALE = 2.0
 
 def _case(
     preset: str, tokens: int, width: int, rank: int, *, width_out: int = 0, dropout_p: float = 0.0,
-    float32_adapter: bool = False, dtypes: tuple[str, ...] = ("float32",), curve: tuple[str, str] | None = None,
-    in_a_row: bool = False,
+    float32_adapter: bool = False, prepacked: bool = False, dtypes: tuple[str, ...] = ("float32",),
+    curve: tuple[str, str] | None = None, in_a_row: bool = False,
 ) -> Case:  # fmt: skip
     width_out = width_out or width
     sizes: dict[str, Any] = {"T": tokens, "d_in": width, "d_out": width_out, "r": rank}
@@ -32,6 +33,9 @@ def _case(
     if float32_adapter:
         sizes["float32_adapter"] = True
         name += " f32 adapter"
+    if prepacked:
+        sizes["prepacked"] = True
+        name += " prepacked"
     return Case(name, sizes, preset, dtypes, curve, beside=overhead(tokens * width), in_a_row=in_a_row)
 
 
@@ -66,6 +70,7 @@ def _gpu(
 CASES = (
     _case("smoke", 5, 24, 4, width_out=16),
     _case("smoke", 5, 24, 4, dropout_p=0.5),
+    _case("smoke", 5, 24, 4, width_out=16, prepacked=True),
     _serving("smoke", 4, 3, 24, 4, 3),
     _case("quick", 1, 768, 16, curve=("d=768 r=16", "T")),
     _case("quick", 128, 768, 16, curve=("d=768 r=16", "T")),
@@ -75,6 +80,7 @@ CASES = (
     *(_case("full", 1024, 768, r) for r in (4, 64)),
     *(_case("full", t, 768, 16, dtypes=("bfloat16",)) for t in (128, 1024)),
     *(_case("full", t, 4096, 16, dtypes=BOTH) for t in (1, 16, 128)),
+    *(_case("full", t, 4096, 16, prepacked=True, dtypes=BOTH) for t in (16, 64, 128)),
     *(_case("full", t, 768, 16, dropout_p=0.1, dtypes=BOTH) for t in (16, 128, 4096)),
     _case("full", 128, 4096, 16, dropout_p=0.1, dtypes=BOTH),
     _case("full", 1024, 768, 16, dropout_p=0.1, float32_adapter=True, dtypes=("bfloat16",)),  # PEFT's default
@@ -259,7 +265,12 @@ def _lorafusion(_: Case, a: Arguments) -> Run:
     return lora
 
 
-def _ours(_: Case, a: Arguments) -> Run:
+def _ours(case: Case, a: Arguments) -> Run:
+    """A prepacked weight is packed here whether or not `prepack` would find it worth it: the table shows that."""
+    if "prepacked" in case.sizes:
+        if torch.ops.lwft.packed_weight_bytes(a["weight"]) == 0:
+            raise NotOffered(f"{torch.ops.lwft.cpu_isa()} has no product with a packed weight of {a['weight'].dtype}")
+        a = {**a, "weight": PackedWeight.pack(a["weight"])}
     return lambda: LF.lora_linear(**a)
 
 
