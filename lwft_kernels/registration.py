@@ -160,7 +160,9 @@ def register(
     torch.library.register_fake(f"lwft::{op}_forward", shapes)
     torch.library.register_fake(f"lwft::{op}_backward", backward_fake)
 
-    def results(output: tuple[Tensor, ...]) -> Any:
+    def results(output: Any) -> Any:
+        if isinstance(output, Tensor):  # an op that keeps no statistics
+            return output
         return output[0] if differentiable_outputs == 1 else output[:differentiable_outputs]
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -169,7 +171,8 @@ def register(
         setup_context(ctx, inputs, output)
 
     def setup_traced(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(*output[differentiable_outputs:])
+        if not isinstance(output, Tensor):
+            ctx.mark_non_differentiable(*output[differentiable_outputs:])
         setup(ctx, inputs, output)
 
     torch.library.register_autograd(f"lwft::{op}_forward", backward, setup_context=setup_traced)

@@ -28,7 +28,7 @@ from lwft_kernels.triton import cards
 from lwft_kernels.triton.cards import Card
 from lwft_kernels.triton.launch import Launch, record
 
-ROOMS = ("attention", "adapter", "lowrank", "norm")
+ROOMS = ("attention", "adapter", "lowrank", "norm", "quantized")
 MATRIX_INSTRUCTIONS = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)\b")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

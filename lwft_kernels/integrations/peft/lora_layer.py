@@ -21,7 +21,7 @@ from lwft_kernels import backend, checks, dropout, registration
 from lwft_kernels import functional as LF
 from lwft_kernels.integrations import reached
 from lwft_kernels.integrations.class_swap import PLAIN, has_hooks, has_own_hooks, is_plain
-from lwft_kernels.integrations.peft import dora
+from lwft_kernels.integrations.peft import dora, few_tokens
 from lwft_kernels.lowrank import autograd
 
 
@@ -292,6 +292,10 @@ def _with_base(x: Tensor, weight: Tensor, bias: Tensor | None, branch: _Branch) 
 
 def _base_result(base: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What the base computes by itself (quantised, offloaded, hooked), in memory that may be written to."""
+    if not args and not kwargs:
+        for_few_tokens = few_tokens.result(base, x)
+        if for_few_tokens is not None:
+            return for_few_tokens
     result: Tensor = base(x, *args, **kwargs)
     # A hook may have kept it, another layer saved it for its backward.
     return result if is_plain_linear(base) and not result._is_view() else result.clone()
