@@ -14,9 +14,21 @@ import torch
 import torch.nn.functional as F
 from quantized_weights import NF4
 
-from lwft_bench import gpu_checks, gpu_goals, gpu_summary, report, results, run, timing
+from lwft_bench import (
+    attention,
+    attention_flex,
+    gpu_checks,
+    gpu_goals,
+    gpu_summary,
+    lora_chain,
+    report,
+    results,
+    run,
+    timing,
+)
 from lwft_bench.case import in_preset
 from lwft_bench.quantized import nf4_table
+from lwft_kernels.attention import reference
 from lwft_kernels.functional import QuantizedWeight
 from lwft_kernels.quantized.reference import dequantize
 
@@ -115,6 +127,40 @@ def test_fused_attention_computes_the_same():
     assert all(row.results["flex"].status == results.TIMED for row in found if "dropout_p" not in row.sizes)
     backward = rows("attention", "smoke", "float32", ("fwdbwd",), ("flex",))
     assert {row.results["flex"].status for row in backward} == {results.NOT_OFFERED}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefix": 3, "window": 2},
+        {"prefix": 2, "window": 3, "causal": True, "padding": True},
+        {"softcap": 2.0, "bias": True},
+        {"softcap": 1.0, "prefix": 4},
+    ],
+    ids=str,
+)
+def test_flex_rules_are_those_of_the_reference(options):
+    """Together, and so strong that what is left out shows."""
+    case = attention._case("", "smoke", 2, 4, 5, 8, kv_heads=2, keys=9, **options)
+    arguments = attention.arguments(case, torch.float32, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = attention_flex.bind(case, arguments)(), reference.attention(**arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_the_gradient_of_the_chain(p):
+    """With the mask that the same seed gives again."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, a, b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 4), (6, 4), (6,), (2, 4), (6, 2))
+    )
+
+    def chain(x, a, b):
+        torch.manual_seed(0)
+        return lora_chain.AddmmChain.apply(x, weight, bias, a, b, 2.0, p)
+
+    assert torch.autograd.gradcheck(chain, [leaf.requires_grad_() for leaf in (x, a, b)])
 
 
 def test_lora_peers_in_16_bits():
