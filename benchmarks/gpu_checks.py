@@ -21,7 +21,7 @@ from .results import OURS
 from .run import FAMILIES
 
 # Families of whole layers hold code of others, whose bits and launches we do not answer for.
-OPS = ("attention", "adapter", "lora", "low_rank", "add_layer_norm")
+OPS = ("attention", "adapter", "lora", "low_rank", "add_layer_norm", "quantized")
 
 
 @dataclass(frozen=True)

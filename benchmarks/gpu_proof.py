@@ -40,7 +40,16 @@ In DIR: summary.md to read, proof.json with every check, bench*.json for `lwft-b
 measured choices, log.txt with what the units printed. They are written anew after every part.
 """
 
-FAMILIES = ("adapter", "lora", "attention", "add_layer_norm", "low_rank", "peft", "torch_nn")  # in order of interest
+FAMILIES = (
+    "adapter",
+    "lora",
+    "attention",
+    "add_layer_norm",
+    "low_rank",
+    "quantized",
+    "peft",
+    "torch_nn",
+)  # in order of interest
 COMPILERS = ("flex", "compile")  # peers that take long to make
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = sorted(ROOT.glob("python_tests/*/test_triton.py"))  # of each room; none beside an installed package

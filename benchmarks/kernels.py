@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-ROOMS = ("attention", "adapter", "lowrank", "norm")
+ROOMS = ("attention", "adapter", "lowrank", "norm", "quantized")
 
 Record = dict[str, Any]  # the fields of `lwft_kernels.triton.ahead_of_time.Compiled`
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 from .results import FAILED, NOT_OFFERED, OURS, WRONG, Result, Row
 
 # Those that only GPUs have, or whose users are there.
-GPU_PEERS = ("flash", "efficient", "cudnn", "flex", "chain", "peft_autocast", "liger", "lorafusion")
+GPU_PEERS = ("flash", "efficient", "cudnn", "flex", "chain", "peft_autocast", "liger", "lorafusion", "bitsandbytes")
 PEERS = ("eager", "sdpa", "addmm", "peft", *GPU_PEERS, "compile")
 LEVEL = 0.03  # ratios as near to 1 as this are called neither a win nor a loss
 MEBIBYTE = 2**20

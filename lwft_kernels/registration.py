@@ -193,7 +193,7 @@ def register(
             ctx.set_materialize_grads(False)
             setup_context(ctx, args, output)
             # not the statistics: each result more costs autograd a microsecond here and one in backward
-            return output if alone else output[0] if differentiable_outputs == 1 else output[:differentiable_outputs]
+            return results(output)
 
     Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
     Eager.__name__ = Eager.__qualname__ = op

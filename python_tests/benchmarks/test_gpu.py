@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from quantized_weights import NF4
 
 from lwft_bench import (
     attention,
@@ -26,7 +27,10 @@ from lwft_bench import (
     timing,
 )
 from lwft_bench.case import in_preset
+from lwft_bench.quantized import nf4_table
 from lwft_kernels.attention import reference
+from lwft_kernels.functional import QuantizedWeight
+from lwft_kernels.quantized.reference import dequantize
 
 CPU = torch.device("cpu")
 PROVIDERS = tuple(name for name in (*report.PEERS, results.OURS) if name != "compile")
@@ -180,11 +184,24 @@ def test_libraries_that_are_not_here_get_the_right_arguments(monkeypatch):
         def apply(x, weight, bias, eps):
             return F.layer_norm(x, weight.shape, weight, bias, eps)
 
+    class QuantState:
+        def __init__(self, absmax, shape, code, blocksize, quant_type, dtype):
+            self.weight = QuantizedWeight(
+                torch.zeros(shape.numel() // 2, 1, dtype=torch.uint8), absmax, shape, code, 64
+            )
+            assert (blocksize, quant_type) == (64, "nf4")
+
+    def matmul_4bit(x, codes, quant_state, bias):
+        weight = dataclasses.replace(quant_state.weight, codes=codes.t())
+        return F.linear(x, dequantize(weight, x.dtype), bias)
+
     modules = {
+        "bitsandbytes.functional": {"QuantState": QuantState},
         "lorafusion.ops.lora_v1": {"fused_linear_lora": fused_linear_lora},
         "liger_kernel.ops.layer_norm": {"LigerLayerNormFunction": LigerLayerNormFunction},
     }
-    for family, name in (("lora", "lorafusion"), ("add_layer_norm", "liger")):
+    peers = (("lora", "lorafusion"), ("add_layer_norm", "liger"), ("quantized", "bitsandbytes"))
+    for family, name in peers:
         (missing,) = {row.results[name].note for row in rows(family, "gpu-smoke", "bfloat16", ("fwd",), (name,), 1)}
         assert missing.endswith("is not installed")
     for path, members in modules.items():
@@ -192,9 +209,15 @@ def test_libraries_that_are_not_here_get_the_right_arguments(monkeypatch):
         for end in range(1, len(parts) + 1):
             monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(parts[end - 1]))
         vars(sys.modules[path]).update(members)
-    for family, name in (("lora", "lorafusion"), ("add_layer_norm", "liger")):
+    sys.modules["bitsandbytes"].matmul_4bit = matmul_4bit
+    for family, name in peers:
         found = rows(family, "gpu-smoke", "float32", ("fwdbwd",), (name,), 2)
         assert timed(found) == {name}
+
+
+def test_the_values_of_nf4():
+    """To the last bits those that bitsandbytes has written down."""
+    torch.testing.assert_close(nf4_table(), torch.tensor(NF4), rtol=0, atol=1e-6)
 
 
 # ---- the clock ----
