@@ -17,7 +17,7 @@ BOTH, HALF = ("float32", "bfloat16"), ("bfloat16",)
 
 def _case(
     preset: str, tokens: int, width: int, bottleneck: int, *, norm: bool = False, dropout_p: float = 0.0,
-    dtypes: tuple[str, ...] = ("float32",), curve: tuple[str, str] | None = None,
+    dtypes: tuple[str, ...] = ("float32",), curve: tuple[str, str] | None = None, in_a_row: bool = False,
 ) -> Case:  # fmt: skip
     options = {**({"norm": True} if norm else {}), **({"dropout_p": dropout_p} if dropout_p else {})}
     extra = (" +LayerNorm" if norm else "") + (f" +dropout {dropout_p}" if dropout_p else "")
@@ -28,6 +28,20 @@ def _case(
         dtypes,
         curve,
         beside=overhead(tokens * width),
+        in_a_row=in_a_row,
+    )
+
+
+def _gpu(preset: str, tokens: int, few: int, widths: tuple[int, int], bottlenecks: tuple[int, int]) -> tuple[Case, ...]:
+    """Many tokens, where memory is the limit, with all options and without; few, where launches are."""
+    (narrow, wide), (small, large) = widths, bottlenecks
+    return (
+        _case(preset, tokens, wide, small, norm=True, dropout_p=0.1, dtypes=HALF),
+        _case(preset, tokens, wide, small, norm=True, dtypes=HALF),
+        _case(preset, tokens, wide, small, dtypes=HALF),
+        _case(preset, tokens, wide, large, norm=True, dropout_p=0.1, dtypes=HALF),
+        _case(preset, tokens, narrow, small, norm=True, dropout_p=0.1, dtypes=HALF),
+        *(_case(preset, few, d, small, norm=True, dropout_p=0.1, dtypes=HALF, in_a_row=True) for d in widths),
     )
 
 
@@ -49,6 +63,8 @@ CASES = (
     _case("full", 128, 768, 64, norm=True, dropout_p=0.1, dtypes=BOTH),
     _case("full", 1023, 770, 37, norm=True, dropout_p=0.1, dtypes=BOTH),
     _case("full", 1, 64, 8),
+    *_gpu("gpu", 8192, 128, (1024, 4096), (64, 256)),
+    *_gpu("gpu-smoke", 33, 3, (24, 40), (8, 16)),
 )  # fmt: skip
 
 

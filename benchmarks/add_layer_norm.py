@@ -10,12 +10,15 @@ from torch import Tensor
 
 from lwft_kernels import functional as LF
 
-from .case import Arguments, Case, Family, Run, compiled, normal, overhead
+from .case import Arguments, Case, Family, NotOffered, Run, compiled, normal, overhead
 
-BOTH = ("float32", "bfloat16")
+BOTH, HALF = ("float32", "bfloat16"), ("bfloat16",)
 
 
-def _case(preset: str, tokens: int, width: int, dropout_p: float = 0.0, dtypes: tuple[str, ...] = ("float32",)) -> Case:
+def _case(
+    preset: str, tokens: int, width: int, dropout_p: float = 0.0, dtypes: tuple[str, ...] = ("float32",),
+    in_a_row: bool = False,
+) -> Case:  # fmt: skip
     return Case(
         f"T={tokens} d={width}" + (f" dropout {dropout_p}" if dropout_p else ""),
         {"T": tokens, "d": width, **({"dropout_p": dropout_p} if dropout_p else {})},
@@ -23,6 +26,17 @@ def _case(preset: str, tokens: int, width: int, dropout_p: float = 0.0, dtypes: 
         dtypes,
         (f"d={width}" + (f" dropout {dropout_p}" if dropout_p else ""), "T"),
         beside=overhead(tokens * width),
+        in_a_row=in_a_row,
+    )
+
+
+def _gpu(preset: str, tokens: int, few: int, narrow: int, wide: int) -> tuple[Case, ...]:
+    """Many tokens, where memory is the limit; few, where launches are."""
+    return (
+        _case(preset, tokens, wide, 0.1, HALF),
+        _case(preset, tokens, wide, dtypes=HALF),
+        _case(preset, tokens, narrow, 0.1, HALF),
+        _case(preset, few, wide, 0.1, HALF, in_a_row=True),
     )
 
 
@@ -38,6 +52,8 @@ CASES = (
     _case("full", 1024, 4096, 0.1, BOTH),
     _case("full", 1023, 770, 0.1, BOTH),
     _case("full", 1, 64),
+    *_gpu("gpu", 8192, 128, 1024, 4096),
+    *_gpu("gpu-smoke", 33, 3, 24, 40),
 )
 
 
@@ -80,6 +96,21 @@ def _compile(_: Case, a: Arguments) -> Run:
     return lambda: function(*values)
 
 
+def _liger(_: Case, a: Arguments) -> Run:
+    """Liger's LayerNorm behind torch's dropout and sum: it has the three in one only for RMSNorm."""
+    try:
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+    except ImportError:
+        raise NotOffered("Liger is not installed") from None
+    (x, added, weight, bias), p = (a[name] for name in _NAMES), a.get("dropout_p", 0.0)
+
+    def add_layer_norm() -> Tensor:
+        out: Tensor = LigerLayerNormFunction.apply(x + (F.dropout(added, p) if p else added), weight, bias, 1e-5)
+        return out
+
+    return add_layer_norm
+
+
 def _ours(_: Case, a: Arguments) -> Run:
     return lambda: LF.add_layer_norm(**a)
 
@@ -89,6 +120,6 @@ FAMILY = Family(
     CASES,
     arguments,
     flops,
-    {"eager": _eager, "compile": _compile, "lwft": _ours},
+    {"eager": _eager, "liger": _liger, "compile": _compile, "lwft": _ours},
     ours=LF.add_layer_norm,
 )

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lwft_kernels import functional as LF
 from lwft_kernels.attention import reference
 
+from . import attention_flex
 from .case import TINY, Arguments, Beside, Case, Family, NotOffered, Run, compiled, normal, overhead
 
 BOTH, HALF = ("float32", "bfloat16"), ("bfloat16",)
@@ -25,7 +27,8 @@ def _without_prefix(a: Arguments) -> Beside:
 
 def _case(
     name: str, preset: str, batch: int, heads: int, queries: int, head_dim: int, *, kv_heads: int = 0, keys: int = 0,
-    dtypes: tuple[str, ...] = ("float32",), curve: tuple[str, str] | None = None, **options: Any,
+    dtypes: tuple[str, ...] = ("float32",), curve: tuple[str, str] | None = None, in_a_row: bool = False,
+    **options: Any,
 ) -> Case:  # fmt: skip
     kv_heads, keys = kv_heads or heads, keys or queries
     sizes = {"B": batch, "H": heads, "Hkv": kv_heads, "S": queries, "L": keys, "D": head_dim, **options}
@@ -34,7 +37,42 @@ def _case(
         shape += f" x {keys} keys"
     beside = _without_prefix if "prefix" in options else overhead(heads * queries * head_dim)
     # decoding is not trained
-    return Case(f"{name} {shape}", sizes, preset, dtypes, curve, trains=queries > 1, beside=beside)
+    trains = queries > 1
+    return Case(f"{name} {shape}", sizes, preset, dtypes, curve, trains=trains, beside=beside, in_a_row=in_a_row)
+
+
+def _gpu(
+    preset: str, batch: int, heads: int, length: int, head_dim: int, prefix: int, window: int, few: int,
+    decoding: tuple[int, ...],
+) -> tuple[Case, ...]:  # fmt: skip
+    """A long sequence, plain and with each thing that fine-tuning adds; a short one; decoding."""
+    groups = 4
+
+    def case(name: str, **options: Any) -> Case:
+        return _case(name, preset, batch, heads, length, head_dim, dtypes=HALF, **options)
+
+    return (
+        case("causal", causal=True),
+        case("plain"),
+        case(f"prefix {prefix} causal", prefix=prefix, causal=True),
+        case(f"prefix {prefix}", prefix=prefix),
+        # the oracle's random stream in plain PyTorch takes a hundred bytes for every query and key
+        _case("dropout 0.1 causal", preset, max(batch // 2, 1), heads, length, head_dim, dropout_p=0.1, causal=True,
+              dtypes=HALF),
+        _case("bias gradient", preset, 2 * batch, heads, length // 2, head_dim, bias=True, dtypes=HALF),
+        case("GQA causal", kv_heads=heads // groups, causal=True),
+        case(f"window {window} causal", window=window, causal=True),
+        case("softcap 50 causal", softcap=50.0, causal=True),
+        case("padding", padding=True),
+        _case("causal", preset, 2 * batch, heads, length, head_dim // 2, causal=True, dtypes=HALF),
+        _case("causal dropout 0.1", preset, 1, heads, few, head_dim, causal=True, dropout_p=0.1, dtypes=HALF,
+              in_a_row=True),
+        *(
+            _case(name, preset, 1, 2 * heads, 1, head_dim, kv_heads=kv_heads, keys=n, dtypes=HALF)
+            for name, kv_heads in (("decode", 0), ("decode GQA", 2 * heads // groups))
+            for n in decoding
+        ),
+    )  # fmt: skip
 
 
 CASES = (
@@ -81,6 +119,8 @@ CASES = (
         for n, t in ((512, BOTH), (2048, BOTH), (4096, (*HALF, "float16")), (8192, BOTH))
     ),
     _case("tiny", "full", 1, 1, 2, TINY // 2),
+    *_gpu("gpu", 2, 16, 4096, 128, 32, 1024, 128, (4096, 8192, 16384, 32768)),
+    *_gpu("gpu-smoke", 1, 4, 24, 16, 3, 7, 5, (20, 40)),
 )  # fmt: skip
 
 
@@ -102,7 +142,7 @@ def arguments(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arg
         shape = (1, s["Hkv"], s["prefix"], s["D"])
         result["prefix_k"], result["prefix_v"] = (normal(generator, dtype, *shape, grad=True) for _ in range(2))
     if s.get("padding"):
-        result["lengths"] = torch.linspace(s["L"] // 2 + 1, s["L"], s["B"]).long()
+        result["lengths"] = torch.linspace(s["L"] // 2 + 1, s["L"], s["B"], device=generator.device).long()
     for name in ("causal", "window", "softcap", "dropout_p"):
         if name in s:
             result[name] = s[name]
@@ -120,7 +160,7 @@ def flops(case: Case, a: Arguments, backward: bool) -> float:
 def _may_attend(case: Case, a: Arguments) -> Tensor:  # (B or 1, 1, S, L)
     s = case.sizes
     options = {name: a[name] for name in ("causal", "window", "lengths") if name in a}
-    return reference.may_attend(s["S"], s["L"], **options)
+    return reference.may_attend(s["S"], s["L"], **options, device=a["q"].device)
 
 
 # ---- the peers; what can be made once (masks) is made once, outside the timed call ----
@@ -198,18 +238,22 @@ def _compile(case: Case, a: Arguments) -> Run:
 
 
 def _sdpa(case: Case, a: Arguments) -> Run:
-    """SDPA in its fastest legal form: is_causal where that is all, one query's grouped heads as so many queries."""
+    """SDPA in its fastest legal form: no mask where causal is all, one query's grouped heads as so many queries."""
     if a.get("softcap"):
         raise NotOffered("SDPA knows no softcap")
     s = case.sizes
     p, groups = a.get("dropout_p", 0.0), s["H"] // s["Hkv"]
+    only_causal = bool(a.get("causal") and not any(name in a for name in ("window", "lengths", "bias")))
     # is_causal is aligned to the first key, ours to the last: the same where there are as many keys as queries
-    is_causal = bool(
-        a.get("causal")
-        and s["S"] == s["L"]
-        and not any(name in a for name in ("window", "lengths", "prefix_k", "bias"))
-    )
-    mask = None if is_causal else _additive(_mask(case, a), a["q"].dtype)
+    is_causal = only_causal and s["S"] == s["L"] and "prefix_k" not in a
+    mask: Tensor | None
+    if only_causal and not is_causal and a["q"].is_cuda:
+        from torch.nn.attention.bias import causal_lower_right  # which imports the compiler
+
+        # the kernels know that alignment too, under another name; a prefix is so many keys more
+        mask = causal_lower_right(s["S"], s["L"] + s.get("prefix", 0))
+    else:
+        mask = None if is_causal else _additive(_mask(case, a), a["q"].dtype)
     if s["S"] == 1 and groups > 1 and mask is None and "bias" not in a:
         shape = (s["B"], s["Hkv"], groups, s["D"])
 
@@ -229,6 +273,26 @@ def _sdpa(case: Case, a: Arguments) -> Run:
     return general
 
 
+def _sdpa_by(backend: SDPBackend) -> Callable[[Case, Arguments], Run]:
+    """SDPA made to take one of its implementations."""
+
+    def bind(case: Case, a: Arguments) -> Run:
+        any_of_them = _sdpa(case, a)
+
+        def run() -> Tensor:
+            try:
+                with sdpa_kernel(backend):
+                    return any_of_them()
+            except RuntimeError as error:
+                if "No available kernel" in str(error) or "No viable backend" in str(error):
+                    raise NotOffered("SDPA has no such kernel for this call") from None
+                raise
+
+        return run
+
+    return bind
+
+
 def _ours(_: Case, a: Arguments) -> Run:
     return lambda: LF.attention(**a)
 
@@ -238,6 +302,15 @@ FAMILY = Family(
     CASES,
     arguments,
     flops,
-    {"eager": _eager, "sdpa": _sdpa, "compile": _compile, "lwft": _ours},
+    {
+        "eager": _eager,
+        "sdpa": _sdpa,
+        "flash": _sdpa_by(SDPBackend.FLASH_ATTENTION),
+        "efficient": _sdpa_by(SDPBackend.EFFICIENT_ATTENTION),
+        "cudnn": _sdpa_by(SDPBackend.CUDNN_ATTENTION),
+        "flex": attention_flex.bind,
+        "compile": _compile,
+        "lwft": _ours,
+    },
     ours=LF.attention,
 )

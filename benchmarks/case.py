@@ -14,6 +14,8 @@ Run = Callable[[], Tensor]
 
 # The smallest preset that holds a case. "smoke" is for tests: its sizes are too small to mean anything.
 PRESETS = ("smoke", "quick", "full")
+# Those of a GPU hold nothing of each other. "gpu-smoke" has the cases of "gpu" in sizes for tests.
+GPU_PRESETS = ("gpu", "gpu-smoke")
 TINY = 64  # elements of a call that is nothing but overhead
 
 
@@ -44,6 +46,8 @@ class Case:
         curve: the name of the scaling curve it is a point of, and the size that varies.
         trains: whether it has a backward; decoding and serving have none.
         beside: makes the call that our time is told against beside the peers.
+        in_a_row: on a GPU, calls are timed in a row by the host's clock, as by a program that does little else: for
+            sizes whose launches take longer than their work. Others are timed one by one by the GPU's own clock.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Case:
     curve: tuple[str, str] | None = None
     trains: bool = True
     beside: Callable[[Arguments], Beside] | None = None
+    in_a_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Family:
     Attributes:
         op: name of the op.
         cases: all presets together.
-        arguments: (case, dtype, generator) -> arguments of the op; leaves that train require a gradient.
+        arguments: (case, dtype, generator) -> arguments of the op, on the generator's device; leaves that train
+            require a gradient.
         flops: (case, arguments, backward) -> floating-point operations of the shortest known way to compute it; a
             multiply and an add are two.
         providers: by name, (case, arguments) -> a call without arguments; raises `NotOffered`. "eager" comes first.
@@ -78,8 +84,9 @@ class Family:
 
 
 def in_preset(case: Case, preset: str) -> bool:
-    """Whether `case` belongs to `preset`: "full" holds "quick", neither holds "smoke"."""
-    if preset == "smoke" or case.preset == "smoke":
+    """Whether `case` belongs to `preset`: "full" holds "quick", no other holds another."""
+    alone = ("smoke", *GPU_PRESETS)
+    if preset in alone or case.preset in alone:
         return case.preset == preset
     return PRESETS.index(case.preset) <= PRESETS.index(preset)
 
@@ -107,10 +114,10 @@ def normal(
     generator: torch.Generator, dtype: torch.dtype, *shape: int, grad: bool = False, scale: float = 1.0
 ) -> Tensor:
     """A leaf of N(0, scale**2), drawn in float32 so that every dtype sees the same numbers, rounded."""
-    return (torch.randn(shape, generator=generator) * scale).to(dtype).requires_grad_(grad)
+    drawn = torch.randn(shape, generator=generator, device=generator.device)
+    return (drawn * scale).to(dtype).requires_grad_(grad)
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile with its caches cleared, so that one case's shapes do not make the next one dynamic."""
-    torch.compiler.reset()
+    """torch.compile for the shapes of one case; the caches are cleared before the next one."""
     return torch.compile(function, dynamic=False)

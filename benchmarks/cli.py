@@ -14,14 +14,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import lwft_kernels
+
 from . import curves as scaling
+from . import kernels as triton_kernels
 from . import machine, report, results, session
 from . import plot as plotting
 from . import run as running
-from .case import PRESETS
+from .case import GPU_PRESETS, PRESETS
 
 PROVIDERS = (*report.PEERS, results.OURS)
-MIN_TIME = {"smoke": 0.001, "quick": 0.15, "full": 0.25}  # seconds of timing per provider and row
+MIN_TIME = {
+    "smoke": 0.001,
+    "quick": 0.15,
+    "full": 0.25,
+    "gpu": 0.1,
+    "gpu-smoke": 0.001,
+}  # seconds of timing per provider and row
 NO_COMPILE = "left out, compiling takes minutes; `run --preset full` or --providers has it"
 LEFT_OUT = "left out by --without"
 LEAST_WIDTH = 165  # of a table that goes to a file
@@ -79,6 +88,20 @@ def _counts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
     return counts
 
 
+def _device(_: click.Context, __: click.Parameter, value: str) -> torch.device:
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        raise click.BadParameter(f"{value!r} is no device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise click.BadParameter("cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise click.BadParameter("torch sees no GPU here")
+        torch.cuda.set_device(device)
+    return device
+
+
 def _words_option(flag: str, name: str, words: tuple[str, ...], help: str) -> Any:
     return click.option(flag, name, multiple=True, type=_Words(*words), callback=_joined, help=help)
 
@@ -130,24 +153,27 @@ def _measured(
     json_path: Path,
     csv_path: Path | None,
     png_path: Path | None,
+    device: torch.device = running.CPU,
 ) -> None:
     """Measure what `plans` makes of the words of the command line; print `tables` below those of the ops."""
     console = Console(width=None if sys.stdout.isatty() else LEAST_WIDTH)
     chosen = tuple(running.FAMILIES) if not families or "all" in families else tuple(dict.fromkeys(families))
-    absent = {"compile": NO_COMPILE} if preset != "full" and not providers else {}
+    absent = {"compile": NO_COMPILE} if preset not in ("full", "gpu") and not providers else {}
     absent |= dict.fromkeys(without, LEFT_OUT)
-    asked = tuple(name for name in providers or PROVIDERS if name not in absent)
+    usual = [name for name in PROVIDERS if preset in GPU_PRESETS or name not in report.GPU_PEERS]
+    asked = tuple(name for name in providers or usual if name not in absent)
     planned = plans(families=chosen, dtypes=dtypes, modes=modes or running.MODES, threads=threads, providers=asked)
     if not planned:
         raise click.UsageError(f"no row of {', '.join(chosen)} has a provider of {', '.join(asked) or 'none'}")
-    environment = machine.environment()
+    environment = machine.environment(device)
     environment["peaks"] = machine.peaks(
-        tuple(getattr(torch, name) for name in dict.fromkeys(plan.dtype for plan in planned))
+        tuple(getattr(torch, name) for name in dict.fromkeys(plan.dtype for plan in planned)), device
     )
     files = session.Files(json_path, csv_path, png_path or json_path.with_suffix(".png"))
     least = MIN_TIME[preset] if min_time is None else min_time
-    found = session.measure(planned, asked, absent, seed, least, environment, files, console)
-    console.print(report.LEGEND, style="dim", highlight=False)
+    found = session.measure(planned, asked, absent, seed, least, environment, files, console, device)
+    legend = report.LEGEND if device.type == "cpu" else report.GPU_LEGEND
+    console.print(legend, style="dim", highlight=False)
     if tables is not None:
         tables(found, console)
     report.print_summary(found, console)
@@ -158,17 +184,19 @@ def _measured(
 
 
 @main.command()
-@click.option("--preset", type=click.Choice(PRESETS), default="quick", show_default=True)
+@click.option("--preset", type=click.Choice([*PRESETS, *GPU_PRESETS]), help="Default: quick; on a GPU gpu.")
+@click.option("--device", callback=_device, default="cpu", show_default=True, help="As cuda or cuda:1.")
 @_measuring("results/run.json")
-def run(preset: str, threads: tuple[int, ...], **words: Any) -> None:
+def run(preset: str | None, device: torch.device, threads: tuple[int, ...], **words: Any) -> None:
     """Check, then time the ops of FAMILIES (default: all), with the threads of torch's default.
 
     Every provider is first held to a float64 oracle; one that is wrong is not timed, and if it is ours the exit status
     is 1. Providers are timed in turn, and nothing is judged by its time. Tables are printed and files written op by op:
     an interrupted run leaves what it has.
     """
+    preset = preset or ("quick" if device.type == "cpu" else "gpu")
     plans = functools.partial(running.plans, preset=preset)
-    _measured(plans, preset, threads=threads or (torch.get_num_threads(),), **words)
+    _measured(plans, preset, threads=threads or (torch.get_num_threads(),), device=device, **words)
 
 
 @main.command()
@@ -184,10 +212,43 @@ def curves(threads: tuple[int, ...], **words: Any) -> None:
 
 
 @main.command()
+@click.argument("rooms", nargs=-1, type=click.Choice(triton_kernels.ROOMS))
+@_words_option("--card", "cards", triton_kernels.card_names(), "Default: all.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that compile.")
+@click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Triton's. Default: a new one.")
+@click.option("--json", "json_path", type=_PATH, help="Also write JSON.")
+def kernels(
+    rooms: tuple[str, ...], cards: tuple[str, ...], jobs: int, cache: Path | None, json_path: Path | None
+) -> None:
+    """Compile the Triton kernels of ROOMS (default: all) for cards that need not be here; show what came out.
+
+    Registers and shared memory of every kernel and configuration, how many programs a multiprocessor holds, and the
+    matrix instructions. Spills, too much shared memory and a matrix instruction that is missing are faults: the exit
+    status is 1.
+    """
+    if lwft_kernels.backend.triton_error is not None:
+        raise click.UsageError(lwft_kernels.backend.triton_error)
+    console = Console(width=None if sys.stdout.isatty() else LEAST_WIDTH)
+    records = []
+    with console.status("compiling") as status:
+        for record in triton_kernels.compiled(rooms or triton_kernels.ROOMS, cards, jobs, cache):
+            records.append(record)
+            status.update(f"{len(records)}: {record['room']}, {record['kernel']}, {record['card']}")
+    triton_kernels.print_tables(records, console)
+    faults = sum(len(record["faults"]) for record in records)
+    console.print(f"{len(records)} kernels compiled, {faults} faults", style="bold", highlight=False)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(records, indent=1) + "\n")
+    if faults:
+        raise SystemExit(1)
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def env(as_json: bool) -> None:
     """Versions, processor, compiler, what is loaded, why something is not, measured peaks: for bug reports."""
-    facts = {**machine.environment(), "peaks": machine.peaks((torch.float32, torch.bfloat16))}
+    facts = {**machine.environment(), "peaks": machine.peaks((torch.float32, torch.bfloat16), running.CPU)}
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return

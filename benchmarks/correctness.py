@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lwft_kernels
 
-from .case import Arguments, Case, Family, Run, leaves
+from .case import Arguments, Case, Family, Run, leaves, normal
 
 # Ours, for the output and every gradient: err <= 2 err(plain PyTorch in the same dtype) + 1e-6, the rule of the tests.
 RATIO, FLOOR = 2.0, 1e-6
@@ -49,14 +49,14 @@ def _in_float64(arguments: Arguments) -> Arguments:
     return {name: widen(value) for name, value in arguments.items()}
 
 
-def _evaluate(run: Callable[[], Tensor], arguments: Arguments, backward: bool, dtype: torch.dtype) -> Values:
+def evaluate(run: Callable[[], Tensor], arguments: Arguments, backward: bool, dtype: torch.dtype) -> Values:
     """Output and gradients along one random direction, which is rounded to `dtype` so that all take the same."""
     torch.manual_seed(0)
     if not backward:
         with torch.no_grad():
             return {"out": run()}
     out = run()
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(out.dtype)
+    direction = normal(torch.Generator(out.device).manual_seed(1), dtype, *out.shape).to(out.dtype)
     wanted = leaves(arguments)
     gradients = torch.autograd.grad(out, list(wanted.values()), direction)
     return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
@@ -78,8 +78,8 @@ class _Exact:
     def __init__(self, family: Family, arguments: Arguments, backward: bool, dtype: torch.dtype) -> None:
         widened = _in_float64(arguments)
         with lwft_kernels.use_backend("reference"):
-            self.values = _evaluate(lambda: family.ours(**widened), widened, backward, dtype)
-            plain = _evaluate(lambda: family.ours(**arguments), arguments, backward, dtype)
+            self.values = evaluate(lambda: family.ours(**widened), widened, backward, dtype)
+            plain = evaluate(lambda: family.ours(**arguments), arguments, backward, dtype)
         self.output = plain["out"]
         # on few elements PyTorch may be exact by luck, so its error counts as at least that of rounding the oracle
         self.allowed = {
@@ -109,7 +109,7 @@ class Checker:
 
     def ours(self, run: Run, backward: bool) -> Verdict:
         """The same seed gives the same dropout mask as the reference, so the result is compared with dropout on."""
-        values = _evaluate(run, self._arguments, backward, self._dtype)
+        values = evaluate(run, self._arguments, backward, self._dtype)
         return _judge(values, self._exact.values, self._exact.allowed)
 
     def peer(self, name: str, run: Run, backward: bool) -> Verdict:
@@ -120,7 +120,7 @@ class Checker:
             if torch.equal(first, second):
                 return Verdict(None, None, "two calls drop the same elements, or none")
             run = self._family.providers[name](self._case, self._without_dropout)
-        values = _evaluate(run, self._without_dropout, backward, self._dtype)
+        values = evaluate(run, self._without_dropout, backward, self._dtype)
         limit = PEER_LIMIT[self._dtype]
         return _judge(values, self._exact_without_dropout.values, dict.fromkeys(values, limit))
 

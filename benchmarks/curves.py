@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
 
 from .report import coloured_ratio, short_dtype, time_of
 from .results import OURS, Row
@@ -126,6 +125,9 @@ def _print_table(
     last: Callable[[Curve, bool], Iterator[float | None]],
     console: Console,
 ) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in ("op", "", "dtype", "mode", "thr", "at"):
         table.add_column(column)

@@ -10,16 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lwft_kernels import functional as LF
+from lwft_kernels.lowrank.packed_weight import PackedWeight
 
 from .case import Arguments, Case, Family, NotOffered, Run, compiled, normal, overhead
+from .lora_chain import AddmmChain
 
-BOTH = ("float32", "bfloat16")
+BOTH, HALF = ("float32", "bfloat16"), ("bfloat16",)
 SCALE = 2.0
 
 
 def _case(
     preset: str, tokens: int, width: int, rank: int, *, width_out: int = 0, dropout_p: float = 0.0,
-    float32_adapter: bool = False, dtypes: tuple[str, ...] = ("float32",), curve: tuple[str, str] | None = None,
+    float32_adapter: bool = False, prepacked: bool = False, dtypes: tuple[str, ...] = ("float32",),
+    curve: tuple[str, str] | None = None, in_a_row: bool = False,
 ) -> Case:  # fmt: skip
     width_out = width_out or width
     sizes: dict[str, Any] = {"T": tokens, "d_in": width, "d_out": width_out, "r": rank}
@@ -30,19 +33,44 @@ def _case(
     if float32_adapter:
         sizes["float32_adapter"] = True
         name += " f32 adapter"
-    return Case(name, sizes, preset, dtypes, curve, beside=overhead(tokens * width))
+    if prepacked:
+        sizes["prepacked"] = True
+        name += " prepacked"
+    return Case(name, sizes, preset, dtypes, curve, beside=overhead(tokens * width), in_a_row=in_a_row)
 
 
-def _serving(preset: str, batch: int, tokens: int, width: int, rank: int, adapters: int) -> Case:
+def _serving(
+    preset: str, batch: int, tokens: int, width: int, rank: int, adapters: int, dtypes: tuple[str, ...] = ("float32",)
+) -> Case:
     """A batch of requests, each with an adapter of its own; some with none."""
     sizes = {"B": batch, "T": batch * tokens, "d_in": width, "d_out": width, "r": rank, "n": adapters}
     name = f"{adapters} adapters, B={batch} T={batch * tokens} d={width} r={rank}"
-    return Case(name, sizes, preset, trains=False)
+    return Case(name, sizes, preset, dtypes, trains=False)
+
+
+def _gpu(
+    preset: str, tokens: int, few: int, widths: tuple[int, int, int], ranks: tuple[int, int], adapters: int
+) -> tuple[Case, ...]:
+    """Many tokens at widths where the base product leaves less and less to gain; few, where launches are the cost."""
+    rank, wide = ranks[0], widths[-1]
+    options = ((0.1, False), (0.0, False), (0.1, True))
+    return (
+        *(
+            _case(preset, tokens, d, rank, dropout_p=p, float32_adapter=wide_adapter, dtypes=HALF)
+            for d in reversed(widths)
+            for p, wide_adapter in options
+        ),
+        _case(preset, tokens, wide, ranks[1], dropout_p=0.1, dtypes=HALF),
+        *(_case(preset, few, d, rank, dropout_p=0.1, dtypes=HALF, in_a_row=True) for d in (widths[0], wide)),
+        _case(preset, few, wide, rank, dtypes=HALF),
+        _serving(preset, adapters, few, wide, rank, adapters, HALF),
+    )
 
 
 CASES = (
     _case("smoke", 5, 24, 4, width_out=16),
     _case("smoke", 5, 24, 4, dropout_p=0.5),
+    _case("smoke", 5, 24, 4, width_out=16, prepacked=True),
     _serving("smoke", 4, 3, 24, 4, 3),
     _case("quick", 1, 768, 16, curve=("d=768 r=16", "T")),
     _case("quick", 128, 768, 16, curve=("d=768 r=16", "T")),
@@ -52,6 +80,7 @@ CASES = (
     *(_case("full", 1024, 768, r) for r in (4, 64)),
     *(_case("full", t, 768, 16, dtypes=("bfloat16",)) for t in (128, 1024)),
     *(_case("full", t, 4096, 16, dtypes=BOTH) for t in (1, 16, 128)),
+    *(_case("full", t, 4096, 16, prepacked=True, dtypes=BOTH) for t in (16, 64, 128)),
     *(_case("full", t, 768, 16, dropout_p=0.1, dtypes=BOTH) for t in (16, 128, 4096)),
     _case("full", 128, 4096, 16, dropout_p=0.1, dtypes=BOTH),
     _case("full", 1024, 768, 16, dropout_p=0.1, float32_adapter=True, dtypes=("bfloat16",)),  # PEFT's default
@@ -59,6 +88,8 @@ CASES = (
     _serving("full", 8, 1, 768, 16, 8),
     _serving("full", 8, 128, 768, 16, 8),
     _case("full", 1, 64, 4),
+    *_gpu("gpu", 8192, 128, (1024, 2048, 4096), (16, 64), 8),
+    *_gpu("gpu-smoke", 33, 3, (16, 24, 40), (4, 8), 3),
 )  # fmt: skip
 
 
@@ -79,7 +110,7 @@ def arguments(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arg
         "scale": SCALE,
     }
     if stack:
-        result["adapter_index"] = torch.arange(s["B"]) % (s["n"] + 1) - 1
+        result["adapter_index"] = torch.arange(s["B"], device=generator.device) % (s["n"] + 1) - 1
     if "dropout_p" in s:
         result["dropout_p"] = s["dropout_p"]
     return result
@@ -191,7 +222,55 @@ def _peft(case: Case, a: Arguments) -> Run:
     return lambda: layer(a["x"], adapter_names=names)
 
 
-def _ours(_: Case, a: Arguments) -> Run:
+def _peft_autocast(case: Case, a: Arguments) -> Run:
+    """PEFT's layer as most train with it: adapters in float32, autocast to 16 bits."""
+    if a["lora_a"].dtype == a["x"].dtype:
+        raise NotOffered("autocast does nothing where the adapter has the dtype of x")
+    layer, device, dtype = _peft(case, a), a["x"].device.type, a["x"].dtype
+
+    def call() -> Tensor:
+        with torch.autocast(device, dtype):
+            return layer()
+
+    return call
+
+
+def _chain(_: Case, a: Arguments) -> Run:
+    if "adapter_index" in a:
+        raise NotOffered("`addmm` has what there is of it for serving")
+    values, p = [a[name] for name in _NAMES], a.get("dropout_p", 0.0)
+
+    def chain() -> Tensor:
+        out: Tensor = AddmmChain.apply(*values, SCALE, p)
+        return out
+
+    return chain
+
+
+def _lorafusion(_: Case, a: Arguments) -> Run:
+    """LoRAFusion's function; it takes three dimensions only, and one dtype."""
+    if "adapter_index" in a or a["lora_a"].dtype != a["x"].dtype:
+        raise NotOffered("LoRAFusion's function has one adapter, of the dtype of x")
+    try:
+        from lorafusion.ops.lora_v1 import fused_linear_lora
+    except ImportError:
+        raise NotOffered("LoRAFusion is not installed") from None
+    x, weight, bias, lora_a, lora_b = (a[name] for name in _NAMES)
+    p = a.get("dropout_p", 0.0)
+
+    def lora() -> Tensor:
+        out: Tensor = fused_linear_lora(x[None], weight, lora_a, lora_b, SCALE, dropout_p=p, linear_bias=bias)
+        return out[0]
+
+    return lora
+
+
+def _ours(case: Case, a: Arguments) -> Run:
+    """A prepacked weight is packed here whether or not `prepack` would find it worth it: the table shows that."""
+    if "prepacked" in case.sizes:
+        if torch.ops.lwft.packed_weight_bytes(a["weight"]) == 0:
+            raise NotOffered(f"{torch.ops.lwft.cpu_isa()} has no product with a packed weight of {a['weight'].dtype}")
+        a = {**a, "weight": PackedWeight.pack(a["weight"])}
     return lambda: LF.lora_linear(**a)
 
 
@@ -200,6 +279,15 @@ FAMILY = Family(
     CASES,
     arguments,
     flops,
-    {"eager": _eager, "addmm": _addmm, "peft": _peft, "compile": _compile, "lwft": _ours},
+    {
+        "eager": _eager,
+        "addmm": _addmm,
+        "peft": _peft,
+        "chain": _chain,
+        "peft_autocast": _peft_autocast,
+        "lorafusion": _lorafusion,
+        "compile": _compile,
+        "lwft": _ours,
+    },
     ours=LF.lora_linear,
 )

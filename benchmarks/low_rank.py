@@ -10,10 +10,12 @@ from lwft_kernels import functional as LF
 
 from .case import Arguments, Case, Family, Run, compiled, normal, overhead
 
-BOTH = ("float32", "bfloat16")
+BOTH, HALF = ("float32", "bfloat16"), ("bfloat16",)
 
 
-def _case(preset: str, tokens: int, width: int, rank: int, *, dtypes: tuple[str, ...] = ("float32",)) -> Case:
+def _case(
+    preset: str, tokens: int, width: int, rank: int, *, dtypes: tuple[str, ...] = ("float32",), in_a_row: bool = False
+) -> Case:
     return Case(
         f"T={tokens} d={width} r={rank}",
         {"T": tokens, "d": width, "r": rank},
@@ -21,6 +23,15 @@ def _case(preset: str, tokens: int, width: int, rank: int, *, dtypes: tuple[str,
         dtypes,
         ("d=768 r=16", "T") if (width, rank) == (768, 16) else None,
         beside=overhead(tokens * width),
+        in_a_row=in_a_row,
+    )
+
+
+def _gpu(preset: str, tokens: int, few: int, width: int, ranks: tuple[int, int]) -> tuple[Case, ...]:
+    """Many tokens, where memory is the limit; few, where launches are."""
+    return (
+        *(_case(preset, tokens, width, r, dtypes=HALF) for r in ranks),
+        _case(preset, few, width, ranks[0], dtypes=HALF, in_a_row=True),
     )
 
 
@@ -36,6 +47,8 @@ CASES = (
     *(_case("full", t, 4096, 16) for t in (1, 128)),
     _case("full", 1023, 770, 7, dtypes=BOTH),
     _case("full", 1, 64, 4),
+    *_gpu("gpu", 8192, 128, 4096, (16, 64)),
+    *_gpu("gpu-smoke", 33, 3, 40, (4, 8)),
 )
 
 

@@ -15,7 +15,7 @@ import torch
 
 import lwft_kernels
 
-from . import work
+from . import cuda, work
 from .timing import interleaved
 
 LIBRARIES = ("torch", "transformers", "peft", "triton", "numpy")
@@ -59,13 +59,14 @@ def commit() -> str | None:
     return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, processor, compiler, and what of ours is loaded, or why it is not."""
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions, processor, compiler, what of ours is loaded, or why it is not; the card where `device` is one."""
     backend = lwft_kernels.backend.describe()
     warning = torch.ops.lwft.cpu_isa_warning() if backend["why_not"] is None else ""
     return {
         "lwft_kernels": lwft_kernels.__version__,
-        "commit": commit() or "unknown, this is no git checkout",
+        # a copy that has no .git can be told what it is of
+        "commit": commit() or os.environ.get("LWFT_COMMIT") or "unknown, this is no git checkout",
         **{name: _version(name) or "not installed" for name in LIBRARIES},
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -81,6 +82,7 @@ def environment() -> dict[str, Any]:
         "CUDA kernels": _cuda(backend),
         "Triton kernels": backend["why_not_triton"] or "for GPUs of compute capability 8.0 or later",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else _no_gpu(),
+        **(cuda.facts(device) if device is not None and device.type == "cuda" else {}),
         "compiler": _says("c++", "--version") or "no c++ in PATH: the library and torch.compile cannot be built",
         "nvcc": _says("nvcc", "--version", line="release") or "not in PATH: a build here leaves the CUDA kernels out",
     }
@@ -96,11 +98,11 @@ def _cuda(backend: dict[str, Any]) -> str:
     return "adapter forward is built, not proven on a GPU yet (LWFT_CUDA_UNPROVEN=1 tries it)"
 
 
-def peaks(dtypes: tuple[torch.dtype, ...], min_time: float = 0.05) -> dict[str, float]:
-    """Measured limits with the threads in use: flop/s of torch.mm by dtype, bytes/s of a copy out of main memory."""
-    products = {f"GEMM {str(dtype).removeprefix('torch.')}": work.matrix_product(dtype) for dtype in dtypes}
-    copy, traffic = work.copy(work.LARGEST_COPY)
+def peaks(dtypes: tuple[torch.dtype, ...], device: torch.device, min_time: float = 0.05) -> dict[str, float]:
+    """Measured limits, of the threads in use or of the card: flop/s of torch.mm by dtype, bytes/s of a large copy."""
+    products = {f"GEMM {str(dtype).removeprefix('torch.')}": work.matrix_product(dtype, device) for dtype in dtypes}
+    copy, traffic = work.copy(work.LARGEST_COPY[device.type], device)
     calls = {**{name: call for name, (call, _) in products.items()}, "copy": copy}
-    timings = interleaved(calls, min_time)
+    timings = interleaved(calls, min_time, cuda.clock(device, in_a_row=False))
     rates = {name: flops / timings[name].median for name, (_, flops) in products.items()}
     return {**rates, "copy": traffic / timings["copy"].median}

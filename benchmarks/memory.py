@@ -1,4 +1,4 @@
-"""Memory: the allocator in the state it has in a long run, and the peak of one call."""
+"""Memory: the allocator in the state it has in a long run, the peak of one call, what backward keeps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RESET_PEAK = "5"  # proc(5): clear_refs
@@ -31,12 +32,18 @@ def _resident(field: str) -> int:
     raise OSError(f"{_STATUS} has no {field}")
 
 
-def peak_memory(call: Callable[[], object]) -> int | None:
+def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that `call` holds at its peak above what the process held before, its results included.
 
-    Buffers that a library keeps from earlier calls are not seen; pages of a few hundred kilobytes may be missed. None
-    where the system does not tell.
+    On a GPU those of torch's allocator. On the CPU buffers that a library keeps from earlier calls are not seen; pages
+    of a few hundred kilobytes may be missed. None where the system does not tell.
     """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
     try:
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)  # what earlier calls freed goes back, or this call would get it unseen
@@ -46,3 +53,15 @@ def peak_memory(call: Callable[[], object]) -> int | None:
         return max(0, _resident("VmHWM") - before)
     except (OSError, AttributeError):
         return None
+
+
+def kept_memory(forward: Callable[[], Tensor], device: torch.device) -> int | None:
+    """Bytes that `forward` keeps for backward, its output not counted: what a training step pays for a layer.
+
+    None on the CPU, whose allocator does not tell.
+    """
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    out = forward()
+    return torch.cuda.memory_allocated(device) - before - out.untyped_storage().nbytes()

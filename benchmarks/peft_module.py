@@ -12,7 +12,16 @@ import lwft_kernels
 from . import lora
 from .case import Arguments, Case, Family, NotOffered, Run
 
-_BOTH = ("float32", "bfloat16")
+_BOTH, _HALF = ("float32", "bfloat16"), ("bfloat16",)
+
+
+def _gpu(preset: str, tokens: int, few: int, width: int, rank: int) -> tuple[Case, ...]:
+    return (
+        lora._case(preset, tokens, width, rank, dropout_p=0.1, float32_adapter=True, dtypes=_HALF),
+        lora._case(preset, few, width, rank, dropout_p=0.1, float32_adapter=True, dtypes=_HALF, in_a_row=True),
+    )
+
+
 CASES = (
     lora._case("smoke", 5, 24, 4, width_out=16),
     lora._case("smoke", 5, 24, 4, dropout_p=0.5),
@@ -22,6 +31,8 @@ CASES = (
     lora._case("full", 128, 768, 16, dropout_p=0.1, dtypes=_BOTH),
     lora._case("full", 1024, 768, 16, dropout_p=0.1, float32_adapter=True, dtypes=("bfloat16",)),
     lora._case("full", 128, 4096, 16, dropout_p=0.1),
+    *_gpu("gpu", 8192, 128, 4096, 16),
+    *_gpu("gpu-smoke", 33, 3, 40, 4),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def draw(report: Report, path: Path) -> None:
     _bars(parts[0].subplots(), bars)
     environment, partial = report.environment, report.partial()
     parts[0].suptitle(
-        f"{environment['processor']}, instruction set {environment['instruction set']}, torch {environment['torch']}, "
+        f"{_machine(environment)}, torch {environment['torch']}, "
         f"commit {environment['commit']}, {environment['date'][:10]}" + (f" - {partial}" if partial else ""),
         fontsize=9,
     )
@@ -48,6 +49,12 @@ def draw(report: Report, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    if "compute capability" in environment:  # the calls ran on a GPU
+        return str(environment["GPU"])
+    return f"{environment['processor']}, instruction set {environment['instruction set']}"
 
 
 def _bars(axes: Any, rows: list[Row]) -> None:

@@ -1,14 +1,19 @@
-"""Results as tables on the screen."""
+"""Results as tables: on the screen, and of a GPU in Markdown too. Only what prints needs rich."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 from .results import FAILED, NOT_OFFERED, OURS, WRONG, Result, Row
 
-PEERS = ("eager", "sdpa", "addmm", "peft", "compile")
+# Those that only GPUs have, or whose users are there.
+GPU_PEERS = ("flash", "efficient", "cudnn", "flex", "chain", "peft_autocast", "liger", "lorafusion", "bitsandbytes")
+PEERS = ("eager", "sdpa", "addmm", "peft", *GPU_PEERS, "compile")
 LEVEL = 0.03  # ratios as near to 1 as this are called neither a win nor a loss
 MEBIBYTE = 2**20
 
@@ -16,6 +21,14 @@ LEGEND = (
     "Median time of one call ± half the distance of its quartiles. vs best peer: time of the fastest peer / ours, "
     "above 1 we are faster. of limit: the least time this machine could need, by torch.mm (GEMM) or by a copy of as "
     "many bytes, timed in the same rounds, / ours. MiB: peak memory of one call of ours / of the best peer."
+)
+
+GPU_LEGEND = (
+    "Median time of one call by the GPU's clock, its cache full of other data; where a row says so, of calls in a row "
+    "by the host's clock. of limit: the least time this card could need, by torch.mm (GEMM) or by a copy of as many "
+    "bytes, timed in the same rounds, / ours. vs eager, vs best peer: their time / ours, above 1 we are faster. MiB: "
+    "peak memory of one call; kept: of it, what forward keeps for backward beside its output; both ours / of the best "
+    "peer."
 )
 
 
@@ -51,36 +64,95 @@ def coloured_ratio(row: Row) -> str:
     return f"[{colour}]{ratio:.2f}x {row.best_peer()}[/]"
 
 
-def _memory(row: Row) -> str:
+def _memory(row: Row, field: str = "peak_memory") -> str:
     def mebibytes(name: str | None) -> str:
-        result = row.results.get(name or "")
-        if result is None or result.peak_memory is None:
+        size = getattr(row.results.get(name or ""), field, None)
+        if size is None:
             return "-"
-        value = result.peak_memory / MEBIBYTE
+        value = size / MEBIBYTE
         return f"{value:.0f}" if value >= 0.95 else "<1"
 
     return f"{mebibytes(OURS)} / {mebibytes(row.best_peer())}"
 
 
+def gpu_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines of one op on a GPU: how near to the limit first, the times of all last."""
+    peers = [name for name in PEERS if any(name in row.results for row in rows)]
+    headings = ["case", "dtype", "mode", "of limit", "vs eager", "vs best peer", OURS, *peers, "MiB", "kept"]
+
+    def plain(name: str, row: Row) -> str:
+        result = row.results.get(name)
+        if result is None:
+            return ""
+        if result.median is None:
+            return "-" if result.status == NOT_OFFERED else result.status
+        return time_of(result.median) + ("*" if name == OURS and row.declined else "")
+
+    def line(row: Row) -> list[str]:
+        share, ratio, ours, eager = row.share_of_limit(), row.ratio(), row.median(OURS), row.median("eager")
+        return [
+            row.case + (", calls in a row" if row.in_a_row else ""),
+            short_dtype(row.dtype),
+            row.mode,
+            "" if share is None else f"{share:.0%} {row.limit()[1]}",
+            "" if ours is None or eager is None else f"{eager / ours:.2f}x",
+            "" if ratio is None else f"{ratio:.2f}x {row.best_peer()}",
+            plain(OURS, row),
+            *(plain(name, row) for name in peers),
+            _memory(row),
+            _memory(row, "kept_memory") if row.mode == "fwdbwd" else "",
+        ]
+
+    return headings, [line(row) for row in rows]
+
+
+def markdown(rows: list[Row]) -> str:
+    """The tables of a GPU, one per op, each with its notes."""
+    parts = []
+    for op in dict.fromkeys(row.op for row in rows):
+        members = [row for row in rows if row.op == op]
+        headings, lines = gpu_table(members)
+        table = [headings, ["---"] * len(headings), *lines]
+        written = "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in table)
+        parts.append("\n".join([f"### {op}\n", written, "", *(f"- {note}" for note in notes(members))]))
+    return "\n\n".join(parts)
+
+
 def notes(rows: list[Row]) -> list[str]:
     """What the cells cannot say, each once: why a provider is missing, wrong or fell to a slower path."""
+    refused: dict[tuple[str, str], dict[str, None]] = {}
     found: list[str] = []
     for row in rows:
         where = f"{row.case}, {row.dtype}, {row.mode}"
         for name, result in row.results.items():
             if result.status == NOT_OFFERED:
-                found.append(f"{name}, {row.case}: {result.note}")
+                refused.setdefault((name, result.note), {})[row.case] = None
             elif result.status in (WRONG, FAILED):
                 found.append(f"{name} {result.status}, {where}: {result.note}")
         times = row.times_beside()
         if times is not None:
             found.append(f"{where}, {row.threads} thr: ours takes {times:.2f} times as long as {row.beside}")
         found += [f"* ours declined, {where}, and plain PyTorch answered: {reason}" for reason in row.declined]
+    cases = {row.case for row in rows}
+    for (name, reason), without in refused.items():
+        where = "all cases" if len(without) == len(cases) > 1 else "; ".join(without)
+        found.append(f"{name}: {reason} ({where})")
     return list(dict.fromkeys(found))
 
 
-def print_table(rows: list[Row], console: Console) -> None:
+def print_table(rows: list[Row], console: Console, device: torch.device) -> None:
     """One op's rows in the order of its cases, wins and losses alike."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if device.type != "cpu":
+        headings, lines = gpu_table(rows)
+        plain = Table(*headings, title=rows[0].op, title_justify="left", title_style="bold")
+        for line in lines:
+            plain.add_row(*(escape(cell) for cell in line))
+        console.print(plain)
+        _print_notes(rows, console)
+        return
     peers = [name for name in PEERS if any(name in row.results for row in rows)]
     table = Table(title=rows[0].op, title_justify="left", title_style="bold")
     for column in ("case", "dtype", "mode", "thr"):
@@ -105,6 +177,10 @@ def print_table(rows: list[Row], console: Console) -> None:
             _memory(row),
         )
     console.print(table)
+    _print_notes(rows, console)
+
+
+def _print_notes(rows: list[Row], console: Console) -> None:
     for note in notes(rows):
         console.print(f"  {note}", highlight=False, markup=False)
 

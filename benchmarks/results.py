@@ -19,7 +19,10 @@ TIMED, WRONG, FAILED, NOT_OFFERED = "timed", "wrong", "failed", "not offered"
 
 @dataclass(frozen=True)
 class Result:
-    """One provider in one row; times in seconds, memory in bytes, None where not measured."""
+    """One provider in one row; times in seconds, memory in bytes, None where not measured.
+
+    `kept_memory` is what forward keeps for backward.
+    """
 
     status: str
     note: str = ""
@@ -28,6 +31,7 @@ class Result:
     third_quartile: float | None = None
     rounds: int | None = None
     peak_memory: int | None = None
+    kept_memory: int | None = None
     error: float | None = None
     allowed_error: float | None = None
 
@@ -40,8 +44,9 @@ class Row:
         flops, bytes: the work of one call, as `work.count` counts it.
         gemm_rate, copy_rate: flop/s of torch.mm in this dtype and bytes/s of a copy of so many bytes, timed in the
             same rounds as the providers.
-        backend: who answered for ours: "native" or "reference"; "-" where nothing of ours ran.
+        backend: who answered for ours: "native", "triton" or "reference"; "-" where nothing of ours ran.
         declined: the reasons why our fast path was not taken, empty when it was.
+        in_a_row: whether calls were timed in a row, as `Case.in_a_row` says.
         beside, beside_seconds: what was timed in the same rounds beside the peers, as `Case.beside` says.
     """
 
@@ -58,6 +63,7 @@ class Row:
     copy_rate: float
     backend: str
     declined: tuple[str, ...]
+    in_a_row: bool = False
     beside: str | None = None
     beside_seconds: float | None = None
     results: Mapping[str, Result] = field(default_factory=dict)
@@ -123,10 +129,10 @@ def rows_of(found: list[dict[str, Any]]) -> list[Row]:
     rows = []
     for _, group in itertools.groupby(found, key):
         members = list(group)
-        shared = {name: members[0][name] for name in _ROW_FIELDS}
+        shared = {name: members[0][name] for name in _ROW_FIELDS if name in members[0]}
         shared["curve"] = None if shared["curve"] is None else tuple(shared["curve"])
         shared["declined"] = tuple(shared["declined"])
-        results = {m["provider"]: Result(**{name: m[name] for name in _RESULT_FIELDS}) for m in members}
+        results = {m["provider"]: Result(**{name: m[name] for name in _RESULT_FIELDS if name in m}) for m in members}
         rows.append(Row(**shared, results=results))
     return rows
 

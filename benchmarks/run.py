@@ -11,11 +11,12 @@ import torch
 
 import lwft_kernels
 
-from . import adapter, add_layer_norm, attention, lora, low_rank, peft_module, torch_nn, work
+from . import adapter, add_layer_norm, attention, lora, low_rank, peft_module, quantized, torch_nn, work
 from .case import Arguments, Case, Family, NotOffered, Run, in_preset, leaves, normal
 from .correctness import Checker
+from .cuda import clock
 from .curves import LEAST_SIZES
-from .memory import peak_memory, settle_allocator
+from .memory import kept_memory, peak_memory, settle_allocator
 from .results import FAILED, NOT_OFFERED, OURS, TIMED, WRONG, Result, Row
 from .timing import interleaved
 
@@ -25,11 +26,14 @@ FAMILIES = {
     "lora": lora.FAMILY,
     "low_rank": low_rank.FAMILY,
     "add_layer_norm": add_layer_norm.FAMILY,
+    "quantized": quantized.FAMILY,
     "torch_nn": torch_nn.FAMILY,
     "peft": peft_module.FAMILY,
 }
+CPU = torch.device("cpu")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MODES = ("fwd", "fwdbwd")
+COMPILED = {"compile", "flex"}  # providers that torch.compile makes
 
 
 @dataclass(frozen=True)
@@ -106,20 +110,31 @@ def curve_plans(
     ]
 
 
-def rows(planned: list[Plan], providers: tuple[str, ...], seed: int, min_time: float) -> Iterator[Row]:
+def rows(
+    planned: list[Plan], providers: tuple[str, ...], seed: int, min_time: float, device: torch.device = CPU
+) -> Iterator[Row]:
     """Run the plans in their order. Arguments and oracle are made once per case and dtype."""
     settle_allocator()
     for (family, case, name), group in itertools.groupby(planned, lambda p: (p.family, p.case, p.dtype)):
         members = list(group)
         dtype = getattr(torch, name)
-        arguments = family.arguments(case, dtype, torch.Generator().manual_seed(seed))
+        if COMPILED & {*providers}:  # or the shapes of one case would make the code of the next one dynamic
+            torch.compiler.reset()
+        arguments = family.arguments(case, dtype, torch.Generator(device).manual_seed(seed))
         checker = Checker(family, case, arguments, dtype, any(plan.mode == "fwdbwd" for plan in members))
         for plan in members:
             torch.set_num_threads(plan.threads)
-            yield _row(plan, arguments, checker, providers, min_time)
+            yield _row(plan, arguments, checker, providers, min_time, device)
 
 
-def _row(plan: Plan, arguments: Arguments, checker: Checker, providers: tuple[str, ...], min_time: float) -> Row:
+def _row(
+    plan: Plan,
+    arguments: Arguments,
+    checker: Checker,
+    providers: tuple[str, ...],
+    min_time: float,
+    device: torch.device,
+) -> Row:
     """Every provider checked, then all that are right timed in turn, together with the machine's limits."""
     family, case, backward = plan.family, plan.case, plan.mode == "fwdbwd"
     lwft_kernels.reset_stats()
@@ -127,22 +142,22 @@ def _row(plan: Plan, arguments: Arguments, checker: Checker, providers: tuple[st
     calls: dict[str, Callable[[], object]] = {}
     for name, bind in family.providers.items():
         if name in providers:
-            results[name], call = _checked(name, bind, case, arguments, checker, backward)
+            results[name], call = _checked(name, bind, case, arguments, checker, backward, device)
             if call is not None:
                 calls[name] = call
 
     needed = work.count(family, case, arguments, checker.output, backward)
-    calls["GEMM"], flops = work.matrix_product(getattr(torch, plan.dtype))
-    calls["copy"], traffic = work.copy(needed.bytes)
+    calls["GEMM"], flops = work.matrix_product(getattr(torch, plan.dtype), device)
+    calls["copy"], traffic = work.copy(needed.bytes, device)
     beside = None if case.beside is None else case.beside(arguments)
     if beside is not None:
         calls[beside.name] = _call(beside.run, beside.arguments, backward)
-    timings = interleaved(calls, min_time)
+    timings = interleaved(calls, min_time, clock(device, case.in_a_row))
     for name in results:
         if name in timings:
             results[name] = replace(results[name], **asdict(timings[name]))
 
-    backend, declined = _who_answered()
+    backend, declined = _who_answered(device)
     return Row(
         op=family.op,
         case=case.name,
@@ -157,6 +172,7 @@ def _row(plan: Plan, arguments: Arguments, checker: Checker, providers: tuple[st
         copy_rate=traffic / timings["copy"].median,
         backend=backend,
         declined=declined,
+        in_a_row=case.in_a_row,
         beside=None if beside is None else beside.name,
         beside_seconds=None if beside is None else timings[beside.name].median,
         results=results,
@@ -170,6 +186,7 @@ def _checked(
     arguments: Arguments,
     checker: Checker,
     backward: bool,
+    device: torch.device,
 ) -> tuple[Result, Callable[[], object] | None]:
     """What the check found, and the call to time, None where there is none."""
     try:
@@ -181,7 +198,8 @@ def _checked(
         if verdict.complaint is not None:
             return replace(found, status=WRONG, note=verdict.complaint), None
         call = _call(run, arguments, backward)
-        return replace(found, peak_memory=peak_memory(call)), call
+        kept = kept_memory(run, device) if backward else None
+        return replace(found, peak_memory=peak_memory(call, device), kept_memory=kept), call
     except NotOffered as reason:
         return Result(NOT_OFFERED, str(reason)), None
     except Exception as error:
@@ -200,7 +218,7 @@ def _call(run: Run, arguments: Arguments, backward: bool) -> Callable[[], object
     else:
         wanted = list(leaves(arguments).values())
         out = run()
-        direction = normal(torch.Generator().manual_seed(1), out.dtype, *out.shape)
+        direction = normal(torch.Generator(out.device).manual_seed(1), out.dtype, *out.shape)
         del out
 
         def forward_and_backward() -> object:
@@ -211,9 +229,9 @@ def _call(run: Run, arguments: Arguments, backward: bool) -> Callable[[], object
     return call
 
 
-def _who_answered() -> tuple[str, tuple[str, ...]]:
+def _who_answered(device: torch.device) -> tuple[str, tuple[str, ...]]:
     """The backend of our calls since the statistics were reset, and why the fast path was declined if it was."""
-    counts = list(lwft_kernels.stats().values())
-    declined = tuple(dict.fromkeys(reason for count in counts for reason in count["declined"]))
-    native = any(count["fast"] for count in counts)
-    return "reference" if declined else "native" if native else "-", declined
+    counts = lwft_kernels.stats()
+    declined = tuple(dict.fromkeys(reason for count in counts.values() for reason in count["declined"]))
+    fast = {lwft_kernels.backend.implementation(op, device) for op, count in counts.items() if count["fast"]}
+    return "reference" if declined else ", ".join(sorted(fast)) or "-", declined

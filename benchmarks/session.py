@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -48,6 +49,7 @@ def measure(
     environment: Mapping[str, Any],
     files: Files,
     console: Console,
+    device: torch.device,
 ) -> list[Row]:
     """Run the plans in their order; `absent` are the providers left out, and why.
 
@@ -69,13 +71,13 @@ def measure(
             members = list(plans)
             try:
                 progress.update(bar, description=_described(members[0]))
-                for done, row in enumerate(running.rows(members, providers, seed, min_time), 1):
+                for done, row in enumerate(running.rows(members, providers, seed, min_time, device), 1):
                     of_op.append(row)
                     progress.update(bar, advance=1, description=_described(members[min(done, len(members) - 1)]))
             finally:
                 if of_op:
                     found += of_op
-                    report.print_table(of_op, console)
+                    report.print_table(of_op, console, device)
                     files.write(Report(command, seed, environment, found, len(planned)))
     return found
 

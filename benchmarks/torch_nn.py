@@ -36,6 +36,11 @@ def _case(
     )
 
 
+def _gpu(preset: str, layers: int, batch: int, tokens: int, width: int, heads: int) -> tuple[Case, ...]:
+    shape = (layers, batch, tokens, width, heads)
+    return tuple(_case(preset, *shape, dropout_p=0.1, padded=p, dtypes=("bfloat16",)) for p in (False, True))
+
+
 CASES = (
     _case("smoke", 2, 2, 5, 24, 4),
     _case("smoke", 2, 2, 5, 24, 4, dropout_p=0.5, padded=True),
@@ -44,6 +49,8 @@ CASES = (
     _case("full", 4, 4, 512, 512, 8, dropout_p=0.1, dtypes=("float32", "bfloat16")),
     _case("full", 4, 16, 128, 512, 8, dtypes=("float32", "bfloat16")),
     _case("full", 2, 8, 16, 64, 4, dropout_p=0.1),
+    *_gpu("gpu", 4, 16, 512, 1024, 16),
+    *_gpu("gpu-smoke", 2, 2, 5, 24, 4),
 )
 
 
@@ -66,8 +73,9 @@ def arguments(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arg
     if "dropout_p" in case.sizes:
         result["dropout_p"] = case.sizes["dropout_p"]
     if "padded" in case.sizes:
-        lengths = torch.randint(tokens // 2, tokens + 1, (batch, 1), generator=generator)
-        result["padding"] = torch.arange(tokens) >= lengths
+        device = generator.device
+        lengths = torch.randint(tokens // 2, tokens + 1, (batch, 1), generator=generator, device=device)
+        result["padding"] = torch.arange(tokens, device=device) >= lengths
     for name, parameter in _encoder(dict(case.sizes)).named_parameters():
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
         value = normal(generator, dtype, *parameter.shape, scale=scale)

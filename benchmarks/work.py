@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .case import Arguments, Case, Family, leaves
 
-SMALLEST_COPY, LARGEST_COPY = 2**12, 2**27  # bytes; the largest is beyond any cache
+SMALLEST_COPY = 2**12  # bytes
+LARGEST_COPY = {"cpu": 2**27, "cuda": 2**30}  # beyond any cache
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,24 @@ def count(family: Family, case: Case, arguments: Arguments, output: Tensor, back
     return Work(family.flops(case, arguments, backward), float(total))
 
 
-def matrix_product(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
-    """A call of torch.mm, large enough for the threads in use to be near their best, and its operations.
+def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], object], float]:
+    """A call of torch.mm, large enough for the device or the threads in use to be near their best, and its operations.
 
-    Where the machine has no products of 16 bits and torch.mm takes its time over them, the limit is that of float32.
+    Where the CPU has no products of 16 bits and torch.mm takes its time over them, the limit is that of float32.
     """
-    n = 512 if torch.get_num_threads() <= 4 else 2048
+    if device.type == "cuda":
+        n = 8192 if dtype.itemsize == 2 else 4096
+    else:
+        n = 512 if torch.get_num_threads() <= 4 else 2048
 
     def product(dtype: torch.dtype) -> Callable[[], object]:
-        a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         return lambda: torch.mm(a, b)
 
-    candidates = [product(dtype)] + ([product(torch.float32)] if dtype.itemsize == 2 else [])
-    return min(candidates, key=_seconds), 2.0 * n**3
+    candidates = [product(dtype)]
+    if device.type == "cpu" and dtype.itemsize == 2:
+        candidates.append(product(torch.float32))
+    return min(candidates, key=_seconds) if len(candidates) > 1 else candidates[0], 2.0 * n**3
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -62,11 +68,11 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def copy(traffic: float) -> tuple[Callable[[], object], float]:
+def copy(traffic: float, device: torch.device) -> tuple[Callable[[], object], float]:
     """A copy that reads and writes about `traffic` bytes in all, and its true traffic.
 
     As many bytes as the call that it is held against, so that both find their data in the same level of the caches.
     """
-    size = int(min(max(traffic, SMALLEST_COPY), LARGEST_COPY)) // 8
-    source, target = torch.ones(size), torch.ones(size)
+    size = int(min(max(traffic, SMALLEST_COPY), LARGEST_COPY[device.type])) // 8
+    source, target = (torch.ones(size, device=device) for _ in range(2))
     return (lambda: target.copy_(source)), 8.0 * size

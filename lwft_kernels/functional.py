@@ -4,5 +4,16 @@ from lwft_kernels.adapter.functional import adapter
 from lwft_kernels.attention.functional import attention
 from lwft_kernels.lowrank.functional import lora_delta_, lora_linear, low_rank_linear
 from lwft_kernels.norm.functional import add_layer_norm
+from lwft_kernels.quantized.functional import quantized_linear
+from lwft_kernels.quantized.weight import QuantizedWeight
 
-__all__ = ["adapter", "add_layer_norm", "attention", "lora_delta_", "lora_linear", "low_rank_linear"]
+__all__ = [
+    "QuantizedWeight",
+    "adapter",
+    "add_layer_norm",
+    "attention",
+    "lora_delta_",
+    "lora_linear",
+    "low_rank_linear",
+    "quantized_linear",
+]

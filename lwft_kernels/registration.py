@@ -150,6 +150,7 @@ def register(
         register_triton(name, triton)
     forward_by_triton = _triton_kernels[f"{op}_forward"]
     forward_op = getattr(torch.ops.lwft, f"{op}_forward").default
+    alone = len(forward_op._schema.returns) == 1  # nothing is kept for backward: the result is no tuple
 
     def shapes(*args: Any) -> Any:
         # an argument on the meta device among real ones brings the call here, past the kernel that would refuse it
@@ -160,7 +161,9 @@ def register(
     torch.library.register_fake(f"lwft::{op}_forward", shapes)
     torch.library.register_fake(f"lwft::{op}_backward", backward_fake)
 
-    def results(output: tuple[Tensor, ...]) -> Any:
+    def results(output: Any) -> Any:
+        if alone:
+            return output
         return output[0] if differentiable_outputs == 1 else output[:differentiable_outputs]
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -169,7 +172,8 @@ def register(
         setup_context(ctx, inputs, output)
 
     def setup_traced(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(*output[differentiable_outputs:])
+        if not alone:
+            ctx.mark_non_differentiable(*output[differentiable_outputs:])
         setup(ctx, inputs, output)
 
     torch.library.register_autograd(f"lwft::{op}_forward", backward, setup_context=setup_traced)
@@ -189,7 +193,7 @@ def register(
             ctx.set_materialize_grads(False)
             setup_context(ctx, args, output)
             # not the statistics: each result more costs autograd a microsecond here and one in backward
-            return output[0] if differentiable_outputs == 1 else output[:differentiable_outputs]
+            return results(output)
 
     Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
     Eager.__name__ = Eager.__qualname__ = op

@@ -124,10 +124,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_forward(
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
-    const Tensor& grad_in, const Tensor& x_in, const Tensor& down_weight_in, const Tensor& up_weight_in,
-    const MaybeTensor& norm_weight_in, const MaybeTensor& norm_bias_in, const Tensor& hidden_in, const Tensor& mean,
-    const Tensor& rstd, const MaybeTensor& seed, int64_t activation, double scale, double dropout_p, bool residual_is_x,
-    int64_t needs) {
+    const Tensor& grad_in, const Tensor& x_in, const Tensor& down_weight_in, const MaybeTensor& /*down_bias*/,
+    const Tensor& up_weight_in, const MaybeTensor& norm_weight_in, const MaybeTensor& norm_bias_in,
+    const Tensor& hidden_in, const Tensor& mean, const Tensor& rstd, const MaybeTensor& seed, int64_t activation,
+    double scale, double dropout_p, bool residual_is_x, int64_t needs) {
   const Rows grad_out(grad_in), x(x_in);
   const Tensor down_weight = as_contiguous(down_weight_in), up_weight = as_contiguous(up_weight_in);
   const MaybeTensor norm_weight = as_contiguous(norm_weight_in), norm_bias = as_contiguous(norm_bias_in);
@@ -182,9 +182,9 @@ constexpr char kForwardSchema[] =
     "-> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)";
 
 constexpr char kBackwardSchema[] =
-    "adapter_backward(Tensor grad_out, Tensor x, Tensor down_weight, Tensor up_weight, Tensor? norm_weight, "
-    "Tensor? norm_bias, Tensor hidden, Tensor mean, Tensor rstd, Tensor? seed, int activation, float scale, "
-    "float dropout_p, bool residual_is_x, int needs) "
+    "adapter_backward(Tensor grad_out, Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor hidden, Tensor mean, Tensor rstd, Tensor? seed, int activation, "
+    "float scale, float dropout_p, bool residual_is_x, int needs) "
     "-> (Tensor dx, Tensor ddown_weight, Tensor ddown_bias, Tensor dup_weight, Tensor dup_bias, "
     "Tensor dnorm_weight, Tensor dnorm_bias)";
 

@@ -10,7 +10,9 @@ void run_on_torch_threads(int64_t tasks, TaskRange run, void* context) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { run(context, begin, end); });
 }
 
-const bool installed = (set_parallel_for(run_on_torch_threads), true);
+int64_t torch_threads() { return torch::stable::get_num_threads(); }
+
+const bool installed = (set_parallel_for(run_on_torch_threads, torch_threads), true);
 
 std::string cpu_isa() { return cpu_kernels().isa; }
 std::string cpu_isa_warning_text() { return cpu_isa_warning(); }

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <vector>
 
 #include "harness/harness.h"
 
@@ -84,10 +85,34 @@ void base_product(const std::string& level, const py::array& a, const py::array&
   kernels(level).lowrank->base_product(p);
 }
 
+// out += a W^T, or a W where not `transpose`, W (d_out, d_in) by way of its packed form; returns W as that gives it back.
+py::array packed_product(const std::string& level, const py::array& a, const py::array& weight, bool transpose,
+                         py::array out) {
+  const LowRankKernels& kernels_of_level = *kernels(level).lowrank;
+  PackedWeight packed{weight.shape(0), weight.shape(1), dtype_of(weight), nullptr};
+  std::vector<char> blocks(
+      static_cast<size_t>(kernels_of_level.packed_bytes(packed.out_features, packed.in_features, packed.dtype)));
+  packed.blocks = blocks.data();
+  kernels_of_level.pack_weight(packed, weight.data());
+  PackedProduct p{};
+  p.weight = packed;
+  p.transpose = transpose;
+  p.rows = a.shape(0);
+  p.a = a.data();
+  p.a_row_stride = stride(a, 0);
+  p.out = out.mutable_data();
+  p.out_row_stride = stride(out, 0);
+  kernels_of_level.packed_product(p);
+  py::array unpacked = empty(packed.dtype, {packed.out_features, packed.in_features});
+  kernels_of_level.unpack_weight(packed, unpacked.mutable_data());
+  return unpacked;
+}
+
 void bind(py::module_& m) {
   m.def("low_rank_forward", &forward);
   m.def("low_rank_backward", &backward);
   m.def("base_product", &base_product);
+  m.def("packed_product", &packed_product);
 }
 const Part part(bind);
 

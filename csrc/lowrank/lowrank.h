@@ -5,6 +5,7 @@
 #include "common/dropout.h"
 #include "common/dtype.h"
 #include "lowrank/lowrank_base.h"
+#include "lowrank/lowrank_packed.h"
 
 namespace lwft {
 
@@ -53,6 +54,10 @@ struct LowRankKernels {
   void (*forward)(const LowRankForward&);
   void (*backward)(const LowRankBackward&);
   void (*base_product)(const BaseProduct&);
+  int64_t (*packed_bytes)(int64_t out_features, int64_t in_features, DType dtype);
+  void (*pack_weight)(const PackedWeight&, const void* weight);
+  void (*unpack_weight)(const PackedWeight&, void* weight);
+  void (*packed_product)(const PackedProduct&);
 };
 
 }  // namespace lwft

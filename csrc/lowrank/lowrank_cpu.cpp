@@ -11,8 +11,8 @@
 //     dx = mask * (ds A),   dA = ds^T dropout(x);        dB = scale * dy^T s,   dbias = sum of dy
 //
 // A slice owns its columns of dx, dA, dB and dbias and sums over all tokens in their order, so there are no
-// partial sums to add up, the mask is drawn once, and the bits do not depend on who computes what: blocks and
-// slices are cut by shape alone.
+// partial sums to add up, the mask is drawn once, and the bits do not depend on who computes what: blocks are
+// cut by shape alone, and how wide a slice is changes no sum.
 //
 // Scratch memory: A and B of the adapters that occur, as packed panels; backward instead B, and ds.
 //
@@ -32,8 +32,10 @@ template <class E>
 constexpr int64_t kBlockRows = round_up(48, kTileRows<E>);
 template <class E>
 constexpr int64_t kLeastBlockRows = round_up(12, kTileRows<E>);
-// A short batch is cut into about so many blocks, a matrix into so many slices, for as many threads.
-constexpr int64_t kBlocks = 32, kSlices = 16;
+// A short batch is cut into about so many blocks, a matrix into so many slices, for as many threads. Backward's slices are
+// fewer where there are fewer threads (but for the columns of a slice no sum depends on them): a narrow one reads x in
+// pieces so short that the memory fetches nothing ahead.
+constexpr int64_t kBlocks = 32, kSlices = 16, kFewestSlices = 4;
 // Columns of a wide matrix that are written in one step: one block of the dropout stream, whole panels on
 // every level. A slice is of one to four of them: narrower ones waste what the memory fetches ahead.
 constexpr int64_t kColumns = kPhiloxColumns, kWidestSlice = 4 * kColumns;
@@ -504,7 +506,8 @@ class Backward {
 
  private:
   static int64_t slice_width(int64_t features) {
-    return minimum(kWidestSlice, round_up(ceil_div(features, kSlices), kColumns));
+    const int64_t slices = maximum(kFewestSlices, minimum(2 * thread_count(), kSlices));
+    return minimum(kWidestSlice, round_up(ceil_div(features, slices), kColumns));
   }
   const Block* first_block(int64_t group) const { return plan.blocks + plan.group_block[group]; }
   const Block* last_block(int64_t group) const { return plan.blocks + plan.group_block[group + 1]; }
@@ -839,6 +842,7 @@ void backward(const LowRankBackward& p) { run_by_dtype<Backward>(p); }
 }  // namespace
 
 extern const LowRankKernels lowrank_kernels;
-const LowRankKernels lowrank_kernels = {forward, backward, base_product};
+const LowRankKernels lowrank_kernels = {forward,     backward,      base_product,  packed_bytes,
+                                        pack_weight, unpack_weight, packed_product};
 
 }  // namespace lwft::LWFT_ISA

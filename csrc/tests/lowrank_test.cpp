@@ -1,4 +1,6 @@
 // The low-rank product against plain loops in double, on every level, under whatever sanitizer there is.
+#include <tuple>
+
 #include "tests/check.h"
 
 namespace {
@@ -114,6 +116,41 @@ void test_case(const CpuKernels& level, const Case& c) {
   check(relative_error(dbias, e_dbias) < allowed, level.isa, "dbias", tokens, d_in, r);
 }
 
+// Both products with a packed weight, their rows further apart than they are long; and the weight, unpacked.
+template <class T>
+void test_packed(const CpuKernels& level, int64_t rows, int64_t d_in, int64_t d_out) {
+  const int64_t bytes = level.lowrank->packed_bytes(d_out, d_in, kType<T>);
+  if (bytes == 0) {
+    check(sizeof(T) == 2, level.isa, "only 16 bits may have no packed form", d_in, d_out);
+    return;
+  }
+  const auto weight = random_values<T>(d_out * d_in, 1);
+  std::vector<char> blocks(static_cast<size_t>(bytes));
+  const PackedWeight packed{d_out, d_in, kType<T>, blocks.data()};
+  level.lowrank->pack_weight(packed, weight.data());
+  std::vector<T> unpacked(weight.size());
+  level.lowrank->unpack_weight(packed, unpacked.data());
+  check(std::memcmp(unpacked.data(), weight.data(), weight.size() * sizeof(T)) == 0, level.isa, "unpacked", d_in,
+        d_out);
+  for (const bool transpose : {true, false}) {
+    const int64_t depth = transpose ? d_in : d_out, columns = transpose ? d_out : d_in;
+    const int64_t a_stride = depth + 3, out_stride = columns + 2;
+    const auto a = random_values<T>((rows - 1) * a_stride + depth, 2);
+    std::vector<T> out = random_values<T>((rows - 1) * out_stride + columns, 3);
+    std::vector<double> expected(out.begin(), out.end());
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        for (int64_t l = 0; l < depth; ++l) {
+          const T w = transpose ? weight[j * d_in + l] : weight[l * d_in + j];
+          expected[i * out_stride + j] += static_cast<double>(a[i * a_stride + l]) * static_cast<double>(w);
+        }
+      }
+    }
+    level.lowrank->packed_product({packed, transpose, rows, a.data(), a_stride, out.data(), out_stride});
+    check(relative_error(out, expected) < kAllowedError<T>, level.isa, "packed", transpose, rows, d_in);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -132,6 +169,19 @@ int main() {
       test_case<float>(level, c);
       test_case<double>(level, c);
       test_case<BFloat16>(level, c);
+    }
+    for (const auto& [rows, d_in, d_out] : {
+             std::tuple<int64_t, int64_t, int64_t>{1, 1, 1},
+             {1, 130, 300},
+             {5, 33, 257},
+             {9, 7, 5},
+             {17, 513, 31},
+             {64, 300, 290},  // more than one block each way
+             {300, 70, 40},   // more than one task's rows
+         }) {
+      test_packed<float>(level, rows, d_in, d_out);
+      test_packed<double>(level, rows, d_in, d_out);
+      test_packed<BFloat16>(level, rows, d_in, d_out);
     }
   });
 }

@@ -7,7 +7,8 @@ With n = LayerNorm(x), z = n Wd^T + bd (kept as `hidden`), h = act(z) and out = 
     dz = (g Wu) * act'(z),          dWd = dz^T n,   dbd = sum over tokens of dz,
     dn = dz Wd,                     dx  = LayerNorm's gradient of dn, plus grad_out where the residual is x.
 
-h, n and the mask are computed again: nothing of size (T, d) is kept beside the inputs.
+h, n and the mask are computed again: nothing of size (T, d) is kept beside the inputs. With w the LayerNorm's weight,
+its gradient takes the mean over d of dn w n from z - bd, whose part without the LayerNorm's bias is n w Wd^T; hence bd.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def _backward_fake(
     grad_out: Tensor,
     x: Tensor,
     down_weight: Tensor,
+    down_bias: Tensor | None,
     up_weight: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -77,9 +79,9 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, down_weight, _, up_weight, _, norm_weight, norm_bias, _, seed, activation, _, scale, p, is_x = inputs
+    x, down_weight, down_bias, up_weight, _, norm_weight, norm_bias, _, seed, activation, _, scale, p, is_x = inputs
     _, hidden, mean, rstd = output
-    ctx.save_for_backward(x, down_weight, up_weight, norm_weight, norm_bias, hidden, mean, rstd, seed)
+    ctx.save_for_backward(x, down_weight, down_bias, up_weight, norm_weight, norm_bias, hidden, mean, rstd, seed)
     ctx.constants = activation, scale, p, is_x
 
 

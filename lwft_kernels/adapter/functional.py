@@ -8,6 +8,7 @@ from lwft_kernels import backend, checks, dropout
 from lwft_kernels.adapter import autograd, reference
 
 _OP = "adapter"
+_LARGEST_TRITON_BOTTLENECK = 256  # z of a block of tokens lies in the registers of one program
 
 # The order is that of csrc/adapter/adapter.h: the kernels know an activation by its position.
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu", "sigmoid", "identity")
@@ -135,7 +136,7 @@ def adapter(
     dropout_p = checks.probability(_OP, "dropout_p", dropout_p)
 
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
-    if not backend.use_kernels(_OP, x):
+    if not backend.use_kernels(_OP, x, triton_limit=lambda: _triton_limit(m)):
         return reference.adapter(
             x, down_weight, down_bias, up_weight, up_bias, activation=activation, norm_weight=norm_weight,
             norm_bias=norm_bias, eps=eps, scale=scale, residual=residual, dropout_p=dropout_p, seed=seed,
@@ -145,3 +146,9 @@ def adapter(
         seed, _POSITIONS[activation], eps, scale, dropout_p, residual_is_x,
     )  # fmt: skip
     return out
+
+
+def _triton_limit(m: int) -> str | None:
+    if m <= _LARGEST_TRITON_BOTTLENECK:
+        return None
+    return f"Triton's kernels take a bottleneck of at most {_LARGEST_TRITON_BOTTLENECK}, not {m}"

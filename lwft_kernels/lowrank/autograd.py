@@ -88,7 +88,7 @@ def _lora_linear_forward_fake(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), _hidden(x, lora_a)
+    return x.new_empty(*x.shape[:-1], lora_b.shape[-2]), _hidden(x, lora_a)
 
 
 def _lora_linear_backward_fake(
@@ -104,11 +104,13 @@ def _lora_linear_backward_fake(
     dropout_p: float,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # not like `weight`, which may be bytes (a packed one has no gradient)
+    d_out = lora_b.shape[-2]
     return _results(  # type: ignore[return-value]
         needs,
         (x, tuple(x.shape)),
-        (weight, tuple(weight.shape)),
-        (weight, (weight.shape[0],)),
+        (x, (d_out, x.shape[-1])),
+        (x, (d_out,)),
         (lora_a, tuple(lora_a.shape)),
         (lora_b, tuple(lora_b.shape)),
     )
@@ -223,6 +225,8 @@ def _lora_delta_in_place_fake(
 define("lora_delta_forward_", _lora_delta_in_place_fake, mutates=("base_out",))
 register_triton("lora_delta_forward_", "lwft_kernels.lowrank.triton_op")
 torch.library.register_fake("lwft::lora_delta_forward_", _lora_delta_in_place_fake)
+if backend.library_error is None:
+    torch.library.register_fake("lwft::unpack_weight_", lambda weight, packed: None)
 
 
 def _write_rows(base_out: Tensor, *rest: Any) -> Tensor:

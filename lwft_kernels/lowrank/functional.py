@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lwft_kernels import backend, checks, dropout
 from lwft_kernels.lowrank import autograd, reference
+from lwft_kernels.lowrank.packed_weight import PackedWeight, operand
 
 
 def low_rank_linear(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -76,7 +77,7 @@ def lora_linear(
 
     Args:
         x: (..., d_in), float64, float32, bfloat16 or float16.
-        weight: (d_out, d_in), in the dtype of `x`.
+        weight: (d_out, d_in), in the dtype of `x`; a packed one (`LoRALinear.prepack`) is read as it is.
         bias: (d_out,), in the dtype of `x`, or None.
         lora_a: (r, d_in), or (n, r, d_in) with `adapter_index`; in the dtype of `x`, or float32 beside 16-bit
             `x`, which is not copied to float32 then.
@@ -95,12 +96,13 @@ def lora_linear(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
             Indices are looked at here (for the B of them, not per token) when they are on the CPU; while
             torch.compile traces that is left to the kernel, which raises RuntimeError.
+            On a GPU, where to look at them would be to wait for it, rows of a wrong index become NaN.
     """
     op = "lora_linear"
     if adapter_index is None and backend.attempts(x) and dropout.is_probability(dropout_p) and type(scale) is float:
         seed = dropout.draw_seed(x.device) if dropout_p else None
         found: Tensor | None = backend.attempt(
-            op, autograd.lora_linear, x, weight, bias, lora_a, lora_b, None, seed, scale, dropout_p
+            op, autograd.lora_linear, x, operand(weight), bias, lora_a, lora_b, None, seed, scale, dropout_p
         )
         if found is not None:
             return found
@@ -112,7 +114,10 @@ def lora_linear(
     checks.floating(op, "lora_a", lora_a)
     checks.floating(op, "lora_b", lora_b)
     dtype = checks.autocast_dtype(x.device)
+    declined = None
     if dtype is not None:
+        if type(weight) is PackedWeight and weight.dtype != dtype:
+            declined = f"autocast to {dtype} unpacks and casts a packed weight of {weight.dtype}"
         x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
         lora_a, lora_b = _autocast_adapter(lora_a, dtype), _autocast_adapter(lora_b, dtype)
@@ -132,8 +137,10 @@ def lora_linear(
     index = _token_adapters(op, adapter_index, x, lora_a.shape[0])
 
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
-    if backend.use_kernels(op, x):
-        out: Tensor = autograd.lora_linear(x, weight, bias, lora_a, lora_b, index, seed, scale, dropout_p)
+    if backend.use_kernels(op, x, declined):
+        # Triton's kernels read a plain weight
+        base = weight.unpack() if type(weight) is PackedWeight and backend.by_triton(x) else operand(weight)
+        out: Tensor = autograd.lora_linear(x, base, bias, lora_a, lora_b, index, seed, scale, dropout_p)
         return out
     rows = x.reshape(-1, d_in)
     out = reference.lora_linear(rows, weight, bias, lora_a, lora_b, index, scale=scale, dropout_p=dropout_p, seed=seed)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lwft_kernels import checks
+from lwft_kernels.lowrank import prepack as packing
 from lwft_kernels.lowrank.functional import lora_linear, low_rank_linear
+from lwft_kernels.lowrank.packed_weight import PackedWeight
 
 
 def _checked_linear(module: str, linear: object) -> nn.Linear:
@@ -119,6 +122,7 @@ class LoRALinear(nn.Linear):
         lora_dropout: probability of an input of the branch to be zeroed in training.
         bias, device, dtype: as in `nn.Linear`. Beside 16-bit weights A and B are float32, as PEFT makes them,
             so that an optimizer's small steps are not rounded away.
+        prepack: call `prepack`, and warn if the weight stays plain.
 
     The state_dict holds ``weight`` and ``bias`` as `nn.Linear` has them, ``lora_a`` (rank, in_features) and
     ``lora_b`` (out_features, rank); the names ``lora_A`` and ``lora_B`` of loralib are understood by
@@ -135,6 +139,7 @@ class LoRALinear(nn.Linear):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        prepack: bool = False,
     ) -> None:
         rank = checks.size("LoRALinear", "rank", rank)
         lora_dropout = checks.probability("LoRALinear", "lora_dropout", lora_dropout)
@@ -153,6 +158,8 @@ class LoRALinear(nn.Linear):
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.unmerged_weight: Tensor | None
         self.reset_lora_parameters()
+        if prepack:
+            self._prepack_or_warn()
 
     def reset_lora_parameters(self) -> None:
         """A uniform as `nn.Linear` starts its weight, B zero: the branch starts at zero."""
@@ -161,13 +168,18 @@ class LoRALinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, rank: int = 8, lora_alpha: float | None = None, lora_dropout: float = 0.0
+        cls,
+        linear: nn.Linear,
+        rank: int = 8,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        prepack: bool = False,
     ) -> LoRALinear:
         """A LoRA layer around `linear`, whose weight and bias it shares and freezes.
 
         Args:
             linear: an `nn.Linear`; the parameters stay its own, but no longer require a gradient.
-            rank, lora_alpha, lora_dropout: as in the constructor.
+            rank, lora_alpha, lora_dropout, prepack: as in the constructor.
         """
         linear = _checked_linear("LoRALinear.from_linear", linear)
         module = cls(
@@ -185,6 +197,8 @@ class LoRALinear(nn.Linear):
                 nn.Parameter(torch.empty_like(getattr(module, name), device=linear.weight.device)),
             )
         module.reset_lora_parameters()
+        if prepack:
+            module._prepack_or_warn()
         return module.train(linear.training)
 
     @property
@@ -196,6 +210,27 @@ class LoRALinear(nn.Linear):
     def merged(self) -> bool:
         """Whether `weight` holds the branch."""
         return self.unmerged_weight is not None
+
+    def prepack(self) -> str | None:
+        """Hold `weight` in packed form, and no longer in plain, where that is faster.
+
+        That is on the CPU, for some 16 to some hundred tokens a call; whether it is, is measured for a second or so at
+        the first weight of a kind (`lowrank.prepack.measured`). `weight` stays the same parameter; its entry in a
+        state_dict, its copies and what `to` makes of it are plain, bit for bit.
+
+        Returns:
+            None, or the reason why it stays plain.
+        """
+        return packing.prepack(self)
+
+    def unpack(self) -> None:
+        """Hold `weight` plain again: the same parameter, every bit of it."""
+        packing.unpack(self)
+
+    def _prepack_or_warn(self) -> None:
+        reason = self.prepack()
+        if reason is not None:
+            warnings.warn(f"LoRALinear: prepack=True leaves the weight as it is: {reason}", stacklevel=3)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -226,7 +261,9 @@ class LoRALinear(nn.Linear):
         if self.unmerged_weight is None:
             return
         weight, self._buffers["unmerged_weight"] = self.unmerged_weight, None
-        if not isinstance(weight, nn.Parameter):  # .to() makes a plain tensor of it
+        if isinstance(weight, PackedWeight):
+            weight = weight.parameter()
+        elif not isinstance(weight, nn.Parameter):  # .to() makes a plain tensor of it
             weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         self.weight = weight
 
@@ -234,12 +271,15 @@ class LoRALinear(nn.Linear):
         return (
             f"{super().extra_repr()}, rank={self.rank}, lora_alpha={self.lora_alpha:g}, "
             f"lora_dropout={self.lora_dropout:g}{', merged' if self.merged else ''}"
+            f"{', prepacked' if isinstance(self.weight, PackedWeight) else ''}"
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.unmerged_weight is not None:
             weight = self.unmerged_weight
+            if isinstance(weight, PackedWeight):
+                weight = weight.parameter()
             destination[prefix + "weight"] = weight if keep_vars else weight.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -28,7 +28,7 @@ from lwft_kernels.triton import cards
 from lwft_kernels.triton.cards import Card
 from lwft_kernels.triton.launch import Launch, record
 
-ROOMS = ("attention", "adapter", "lowrank", "norm")
+ROOMS = ("attention", "adapter", "lowrank", "norm", "quantized")
 MATRIX_INSTRUCTIONS = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)\b")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -136,7 +136,11 @@ def _compiled(room: str, call: Call, launch: Launch, card: Card, source: ASTSour
     configuration, name = launch.configuration, launch.kernel.__name__
     target = _target(card)
     options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
-    binary = triton.compile(source, target=target, options=options)
+    try:
+        binary = triton.compile(source, target=target, options=options)
+    except Exception as error:  # of the compiler and of the assembler, which have no common name
+        why = f"does not compile: {type(error).__name__}: {str(error).strip()[-500:]}"
+        return Compiled(room, call.name, name, str(configuration), card.name, 0, 0, 0, 0, 0, (), (why,))
     registers, stack, spills, code = _nvidia(binary) if card.maker == "cuda" else _amd(binary)
     shared = binary.metadata.shared
     instructions = tuple(sorted(set(MATRIX_INSTRUCTIONS.findall(code))))

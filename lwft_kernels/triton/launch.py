@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +12,7 @@ from lwft_kernels.triton import tuning
 from lwft_kernels.triton.cards import card_of
 from lwft_kernels.triton.tuning import Configuration
 
+Result = TypeVar("Result")
 Grid = Callable[[Configuration], tuple[int, ...]]
 
 
@@ -83,3 +84,25 @@ def launch(
         return
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     run(tuning.choose(kernel.__name__, card_of(device), band, candidates, run))
+
+
+def launch_one_of(
+    name: str, implementations: Mapping[str, Callable[[], Result]], *, device: torch.device, band: tuple[Any, ...]
+) -> Result:
+    """The result of one of several ways to compute the same.
+
+    Args:
+        name: of what is computed, under which the choice is kept.
+        implementations: by name, each to be run as often as it is called. The first is the one for a card nobody has
+            measured.
+        device: on which they run.
+        band: as in `launch`.
+    """
+    if _recorded is not None:
+        first, *_ = [run() for run in implementations.values()]  # all of them, for their launches
+        return first
+    if len(implementations) == 1:
+        (only,) = implementations.values()
+        return only()
+    names = tuple(implementations)
+    return implementations[tuning.choose(name, card_of(device), band, names, lambda n: implementations[n]())]()

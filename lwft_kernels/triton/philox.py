@@ -40,19 +40,18 @@ def philox_words(seed, row, counter):
         counter: int32 or int64 tile that broadcasts with `row`.
     """
     key, offset = tl.load(seed), tl.load(seed + 1)
-    zero = (row + counter) * 0
-    c0 = (zero + counter).to(tl.uint32)
-    c1 = (zero + row).to(tl.uint32)
-    c2 = ((zero + row) >> 32).to(tl.uint32)
-    c3 = (zero + offset).to(tl.uint32)
+    # not broadcast before they meet: two rounds long the products are those of a row or a column
+    c0 = counter.to(tl.uint32)
+    c1, c2 = row.to(tl.uint32), (row >> 32).to(tl.uint32)
+    c3 = offset.to(tl.uint32)
     k0 = key.to(tl.uint32)
     k1 = (key >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
-        high0 = tl.umulhi(c0, tl.full((), 0xD2511F53, tl.uint32))
-        high1 = tl.umulhi(c2, tl.full((), 0xCD9E8D57, tl.uint32))
-        low0 = c0 * tl.full((), 0xD2511F53, tl.uint32)
-        low1 = c2 * tl.full((), 0xCD9E8D57, tl.uint32)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        # one 64-bit product is one instruction, its halves apart are two or more
+        product0 = c0.to(tl.uint64) * tl.full((), 0xD2511F53, tl.uint64)
+        product1 = c2.to(tl.uint64) * tl.full((), 0xCD9E8D57, tl.uint64)
+        high0, high1 = (product0 >> 32).to(tl.uint32), (product1 >> 32).to(tl.uint32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1.to(tl.uint32), high0 ^ c3 ^ k1, product0.to(tl.uint32)
         k0 = k0 + tl.full((), 0x9E3779B9, tl.uint32)
         k1 = k1 + tl.full((), 0xBB67AE85, tl.uint32)
     return c0, c1, c2, c3
@@ -90,13 +89,23 @@ def keep_tile(seed, rows, first_col, threshold, ROWS: tl.constexpr, COLS: tl.con
     Returns:
         int1 (ROWS, COLS).
     """
+    return unpacked(packed_keep_tile(seed, rows, first_col, threshold, COLS), ROWS, COLS)
+
+
+@triton.jit
+def packed_keep_tile(seed, rows, first_col, threshold, COLS: tl.constexpr):
+    """`keep_tile` as int8 (ROWS, COLS / 4): a byte per counter, bit w for its word w."""
     counters = first_col // 4 + tl.arange(0, COLS // 4)
     w0, w1, w2, w3 = philox_words(seed, rows[:, None], counters[None, :].to(tl.int64))
     limit = _unsigned(threshold)
-    # bytes, not words, travel between the threads
-    k0, k1 = (w0 >= limit).to(tl.int8), (w1 >= limit).to(tl.int8)
-    k2, k3 = (w2 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8)
-    # Word w of counter 16 g + l is column 64 g + 16 w + l. The joins put w // 2 and w % 2 behind the counter.
-    joined = tl.join(tl.join(k0, k2), tl.join(k1, k3))
-    joined = tl.reshape(joined, (ROWS, COLS // 64, 16, 2, 2))
-    return tl.reshape(tl.permute(joined, (0, 1, 3, 4, 2)), (ROWS, COLS)) != 0
+    bits = (w0 >= limit).to(tl.int8) | (w1 >= limit).to(tl.int8) << 1
+    return bits | (w2 >= limit).to(tl.int8) << 2 | (w3 >= limit).to(tl.int8) << 3
+
+
+@triton.jit
+def unpacked(bits, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """int8 (ROWS, COLS / 4) of `packed_keep_tile` as int1 (ROWS, COLS)."""
+    # Bit w of counter 16 g + l is column 64 g + 16 w + l. Only the bytes travel between the threads.
+    word = (1 << tl.arange(0, 4)).to(tl.int8)
+    keep = (tl.reshape(bits, (ROWS, COLS // 64, 1, 16)) & word[None, None, :, None]) != 0
+    return tl.reshape(keep, (ROWS, COLS))

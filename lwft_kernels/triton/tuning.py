@@ -74,8 +74,10 @@ def choose(
     how = mode()
     if how == "0":
         return candidates[0]
-    key = f"{name} {' '.join(str(part) for part in band)}"
     table = _table(card)
+    if not table and how == "1":  # as for most: what follows takes longer than a launch
+        return candidates[0]
+    key = f"{name} {' '.join(str(part) for part in band)}"
     kept = table.get(key)
     for candidate in candidates:
         if str(candidate) == kept:
@@ -119,14 +121,15 @@ def _path(card: Card) -> Path:
     return cache_folder() / f"{name}.json"
 
 
-_tables: dict[Path, dict[str, str]] = {}
+_tables: dict[tuple[Card, str | None, str | None], dict[str, str]] = {}
 
 
 def _table(card: Card) -> dict[str, str]:
-    path = _path(card)
-    table = _tables.get(path)
+    # by what the path is made of: to make it at every call takes longer than a launch
+    key = card, os.environ.get("LWFT_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    table = _tables.get(key)
     if table is None:
-        table = _tables[path] = _read(path)
+        table = _tables[key] = _read(_path(card))
     return table
 
 

@@ -187,6 +187,7 @@ def test_opcheck(p, norm):
     saved = (
         a["x"],
         a["down_weight"],
+        a["down_bias"],
         a["up_weight"],
         a["norm_weight"],
         a["norm_bias"],

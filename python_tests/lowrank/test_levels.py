@@ -94,3 +94,36 @@ def test_product_with_the_frozen_weight(level, transpose, rows, depth, columns):
     exact = torch.from_numpy(exact)
     assert relative_error(torch.from_numpy(whole[:, :columns]), exact) <= RATIO * relative_error(exact.half(), exact)
     assert (whole[:, columns:] == before[:, columns:]).all()
+
+
+# more and fewer rows than the two products take at once, one and several blocks and panels, edges of each
+PACKED_SHAPES = [(1, 5, 3), (8, 130, 131), (9, 1, 17), (17, 300, 600), (61, 513, 129), (270, 140, 70), (800, 70, 40)]
+
+
+@pytest.mark.parametrize("level", lwft_harness.levels())
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows,d_in,d_out", PACKED_SHAPES)
+def test_products_with_a_packed_weight(level, dtype, rows, d_in, d_out):
+    random = np.random.default_rng(rows + d_in)
+    weight = (random.standard_normal((d_out, d_in)) / d_in**0.5).astype(dtype)
+    for transpose in (True, False):
+        depth, columns = (d_in, d_out) if transpose else (d_out, d_in)
+        a = random.standard_normal((rows, depth + 3)).astype(dtype)[:, :depth]
+        before = random.standard_normal((rows, columns + 5)).astype(dtype)
+        results = []
+        for threads in (1, 3):
+            whole = before.copy()
+            lwft_harness.set_threads(threads)
+            try:
+                unpacked = lwft_harness.packed_product(level, a, weight, transpose, whole[:, :columns])
+            finally:
+                lwft_harness.set_threads(1)
+            assert np.array_equal(unpacked, weight)
+            assert np.array_equal(whole[:, columns:], before[:, columns:])
+            results.append(whole[:, :columns])
+        assert np.array_equal(*results), "other bits with other threads"
+        w = weight.T if transpose else weight
+        exact = torch.from_numpy(before[:, :columns].astype("float64") + a.astype("float64") @ w.astype("float64"))
+        eager = torch.addmm(torch.from_numpy(before[:, :columns]), torch.from_numpy(a), torch.from_numpy(w))
+        allowed = max(relative_error(eager, exact), relative_error(exact.to(eager.dtype), exact))
+        assert relative_error(torch.from_numpy(results[0]), exact) <= RATIO * allowed + 1e-6

@@ -5,6 +5,7 @@ Under Triton's interpreter, which reads and writes through plain pointers. A ker
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from guarded import guarded
+from quantized_weights import FORMATS, make_weight
 from torch import Tensor
 
 from lwft_kernels import functional as LF
+from lwft_kernels.lowrank import triton_op
 
 
 @pytest.fixture
@@ -56,6 +59,32 @@ def test_attention(walls, queries, group, rule):
         LF.attention(
             q, k, v, bias=lines, mask=mask, lengths=lengths, prefix_k=prefix_k, prefix_v=prefix_v, **rule
         ).sum().backward()  # fmt: skip
+
+
+@pytest.mark.parametrize("depth", [0, 1 << 30], ids=["cublas", "fused"])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_low_rank_products(walls, monkeypatch, depth, adapter, stacked):
+    monkeypatch.setattr(triton_op, "_CUBLAS_DEPTH", depth)
+    x, weight, bias, base_out = tensors((35, 77), (139, 77), (139,), (35, 139), dtype=torch.bfloat16)
+    stack = (2,) if stacked else ()
+    a, b = tensors((*stack, 5, 77), (*stack, 139, 5), dtype=adapter)
+    options = {"adapter_index": guarded(torch.arange(35) % 3 - 1)} if stacked else {}
+    LF.lora_linear(x, weight, bias, a, b, dropout_p=0.1, **options).sum().backward()
+    LF.lora_delta_(guarded(base_out), x, a, b, dropout_p=0.1, **options).sum().backward()
+    if not stacked:
+        bias = guarded(bias.to(adapter)).requires_grad_()
+        LF.low_rank_linear(x, a, b, bias).sum().backward()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_quantized_linear(walls, kind, tokens):
+    weight = make_weight(kind, 67, 70)
+    held = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
+    weight = type(weight)(**{n: guarded(v) if isinstance(v, Tensor) else v for n, v in held.items()})
+    x, bias = tensors((tokens, 70), (67,))
+    LF.quantized_linear(x, weight, bias).sum().backward()
 
 
 @pytest.mark.parametrize("too_far", [0, 1])

@@ -18,6 +18,7 @@ namespace lwft {
 namespace {
 
 std::atomic<ParallelFor> host_parallel_for{nullptr};
+std::atomic<ThreadCount> host_thread_count{nullptr};
 
 struct GuardedTasks {
   TaskRange run;
@@ -38,7 +39,17 @@ void run_guarded(void* context, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void set_parallel_for(ParallelFor host) { host_parallel_for.store(host); }
+void set_parallel_for(ParallelFor host, ThreadCount threads) {
+  host_parallel_for.store(host);
+  host_thread_count.store(threads);
+}
+
+int64_t thread_count() {
+  constexpr int64_t kMany = 64;
+  if (host_parallel_for.load() == nullptr) return 1;
+  const ThreadCount count = host_thread_count.load();
+  return count == nullptr ? kMany : count();
+}
 
 void run_tasks(int64_t tasks, TaskRange run, void* context) {
   if (tasks <= 0) return;

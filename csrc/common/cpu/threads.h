@@ -15,9 +15,14 @@ namespace lwft {
 // for every piece, from any thread; the run it is handed never throws.
 using TaskRange = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t tasks, TaskRange run, void* context);
+using ThreadCount = int64_t (*)();
 
 // Null (the default): everything runs on the caller's thread.
-void set_parallel_for(ParallelFor host);
+void set_parallel_for(ParallelFor host, ThreadCount threads = nullptr);
+
+// How many threads run tasks, many where the host does not say. Only for a cut that changes no result, as that of
+// columns which are summed each on its own: fewer, wider tasks read memory in longer pieces.
+int64_t thread_count();
 
 // Below: what the templates at the end are made of.
 void run_tasks(int64_t tasks, TaskRange run, void* context);

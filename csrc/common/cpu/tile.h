@@ -30,11 +30,48 @@ template <class T>
 constexpr int64_t kPanelColumns = kPanelVectors * kLanes<T>;
 constexpr int64_t kKBlock = 256;
 
+constexpr int64_t kLine = 64;    // bytes of a cache line
+constexpr int kSecondCache = 2;  // for __builtin_prefetch
+
 // Rows that a product takes at once: a caller's block of rows is best a multiple of it (48, say).
 template <class T>
 constexpr int64_t kTileRows = 6;
 
 enum class Mode { overwrite, accumulate };
+
+// Memory that is read next, for a product to fetch into the second cache while it computes. What a product streams from
+// memory, it would wait for: no prefetcher of the machine goes past the end of a page. The requests are spread evenly over
+// the product, or they would stand in the way of its own. (64 rows by a weight of 4096 x 4096, on a Xeon: 120 GFLOP/s
+// without, 150 with all requests at once, 171 so.)
+struct Ahead {
+  const char* next = nullptr;
+  int64_t bytes = 0, pace = 0;
+
+  Ahead() = default;
+  Ahead(const void* data, int64_t size) : next(static_cast<const char*>(data)), bytes(size) {}
+
+  // The share of one product out of `count`.
+  Ahead share(int64_t index, int64_t count) const {
+    const int64_t begin = bytes * index / count;
+    return {next + begin, bytes * (index + 1) / count - begin};
+  }
+  // By how many bytes a step has to go on that so many steps see all of it; up to most_lines cache lines.
+  void spread(int64_t steps, int64_t most_lines) {
+    pace = minimum(ceil_div(bytes, maximum<int64_t>(steps, 1)), most_lines * kLine);
+  }
+  // Where `steps` steps begin; null when there is nothing left.
+  const char* take(int64_t steps) {
+    if (bytes <= 0) return nullptr;
+    const char* const here = next;
+    next += steps * pace;
+    bytes -= steps * pace;
+    return here;
+  }
+};
+inline void prefetch_to_second_cache(const char* address) {
+  constexpr int kRead = 0, kSecondCache = 2;
+  __builtin_prefetch(address, kRead, kSecondCache);
+}
 
 // n rounded up to whole vectors: the least row stride of a C of n columns.
 template <class T>
@@ -67,7 +104,7 @@ using SumOf = typename SumType<T>::type;
 // columns from j on, j a multiple of kPanelColumns<T>, are a product of their own: panels + j * k, c + j.
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* panels, SumOf<T>* c,
-          int64_t ldc, Mode mode);
+          int64_t ldc, Mode mode, Ahead ahead = {});
 
 // The same with a row-major B (k, n) where it lies, of row stride ldb: for one that is used by few rows of A only, where a
 // copy into panels costs as much as the product. padded<T>(n) columns of B are read.

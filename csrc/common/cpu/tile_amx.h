@@ -82,7 +82,8 @@ inline void unroll(std::integer_sequence<int, I...>, const Call& call) {
 
 // A block of C, Rows x Columns tiles, (+)= A B over `steps` tiles along k.
 template <int Rows, int Columns>
-void tile_block(int64_t steps, TiledRows a, const BFloat16Pair* b, int64_t b_row, float* c, int64_t ldc, Mode mode) {
+void tile_block(int64_t steps, TiledRows a, const BFloat16Pair* b, int64_t b_row, float* c, int64_t ldc, Mode mode,
+                Ahead& ahead) {
   static_assert(Rows * Columns <= 4 && (Rows <= 2 || Columns == 1));
   constexpr std::make_integer_sequence<int, Rows> kRows{};
   constexpr std::make_integer_sequence<int, Columns> kColumns{};
@@ -97,6 +98,9 @@ void tile_block(int64_t steps, TiledRows a, const BFloat16Pair* b, int64_t b_row
     });
   });
   for (int64_t l = 0; l < steps; ++l) {
+    if (const char* const lines = ahead.take(1)) {
+      for (int64_t i = 0; i < ahead.pace; i += kLine) prefetch_to_second_cache(lines + i);
+    }
     if constexpr (Columns <= 2) {
       unroll(kColumns, [&](auto j) { load_tile<6 + j>(b + j * kTileSide, b_bytes); });
     }
@@ -117,9 +121,9 @@ void tile_block(int64_t steps, TiledRows a, const BFloat16Pair* b, int64_t b_row
 
 // row_tiles x column_tiles tiles of C, column_tiles at most kPanelVectors, in the shapes that are set.
 void tile_product(int64_t row_tiles, int64_t column_tiles, int64_t steps, TiledRows a, const BFloat16Pair* b,
-                  int64_t b_row, float* c, int64_t ldc, Mode mode) {
+                  int64_t b_row, float* c, int64_t ldc, Mode mode, Ahead& ahead) {
   const auto block = [&](auto rows, auto columns, int64_t j) {
-    tile_block<rows, columns>(steps, a, b + j * kTileSide, b_row, c + j * kTileSide, ldc, mode);
+    tile_block<rows, columns>(steps, a, b + j * kTileSide, b_row, c + j * kTileSide, ldc, mode, ahead);
   };
   constexpr std::integral_constant<int, 1> kOne{};
   constexpr std::integral_constant<int, 2> kTwo{};
@@ -160,8 +164,13 @@ constexpr int64_t kRowsForTiles = 4;
 
 // gemm<BFloat16Pair> for m > kRowsForTiles, k > 0 and an A of which a_col or a_row is 1.
 void gemm_on_tiles(int64_t m, int64_t n, int64_t k, const BFloat16Pair* a, int64_t a_row, int64_t a_col,
-                   const BFloat16Pair* panels, float* c, int64_t ldc, Mode mode) {
+                   const BFloat16Pair* panels, float* c, int64_t ldc, Mode mode, Ahead ahead) {
   const bool transposed = a_col != 1;
+  // about so many passes through the loop of tile_block, which take as long as a few lines
+  if (ahead.bytes > 0) {
+    const int64_t blocks = maximum<int64_t>(1, ceil_div(m, kTileSide) * ceil_div(n, kTileSide) / 4);
+    ahead.spread(blocks * ceil_div(k, kTileSide), 64);
+  }
   alignas(64) BFloat16Pair block[kTransposedRows * kTransposedPairs];
   const int64_t most_rows = transposed ? kTransposedRows : m, most_pairs = transposed ? kTransposedPairs : k;
   for (int64_t l0 = 0; l0 < k; l0 += most_pairs) {
@@ -193,9 +202,10 @@ void gemm_on_tiles(int64_t m, int64_t n, int64_t k, const BFloat16Pair* a, int64
           from.data += first_row * from.next_rows + first_step * from.next_pairs;
           for (int64_t j = 0; j < n; j += kPanelColumns<BFloat16Pair>) {
             const int64_t width = minimum(kPanelColumns<BFloat16Pair>, padded<BFloat16Pair>(n - j));
-            tile_product(
-                row_tiles, width / kTileSide, steps, from, panels + j * k + (l0 + first_step * kTileSide) * width,
-                width, c + (i0 + first_row * kTileSide) * ldc + j, ldc, l0 + first_step > 0 ? Mode::accumulate : mode);
+            tile_product(row_tiles, width / kTileSide, steps, from,
+                         panels + j * k + (l0 + first_step * kTileSide) * width, width,
+                         c + (i0 + first_row * kTileSide) * ldc + j, ldc, l0 + first_step > 0 ? Mode::accumulate : mode,
+                         ahead);
           }
         }
       }

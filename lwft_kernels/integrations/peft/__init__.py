@@ -11,6 +11,6 @@ from lwft_kernels.integrations.report import Change
 __all__ = ["mixed_batch", "plan"]
 
 
-def plan(model: nn.Module, *, strict: bool = False) -> list[Change]:
-    """A change per LoRA layer and per soft prompt of `model`."""
-    return [*lora.plan(model, strict=strict), *prefix.plan(model, strict=strict)]
+def plan(model: nn.Module, *, strict: bool = False, prepack: bool = False) -> list[Change]:
+    """A change per LoRA layer and per soft prompt of `model`; if `prepack`, one for the weight below each layer too."""
+    return [*lora.plan(model, strict=strict, prepack=prepack), *prefix.plan(model, strict=strict)]

@@ -6,6 +6,7 @@ copying are PEFT's as before.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,9 +20,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lwft_kernels.integrations import drift
-from lwft_kernels.integrations.class_swap import difference, swapped
+from lwft_kernels.integrations.class_swap import described, difference, swapped
 from lwft_kernels.integrations.peft import dora, lora_attention, lora_layer, quantised
 from lwft_kernels.integrations.report import Change
+from lwft_kernels.lowrank import prepack as packing
 
 
 class _Swap(NamedTuple):
@@ -30,11 +32,15 @@ class _Swap(NamedTuple):
     upstream: Callable[[], drift.Upstream]
 
 
-def plan(model: nn.Module, *, strict: bool = False) -> list[Change]:
-    """A change per LoRA layer of `model`; those that are not exactly of a class known here are left alone."""
+def plan(model: nn.Module, *, strict: bool = False, prepack: bool = False) -> list[Change]:
+    """A change per LoRA layer of `model`; those that are not exactly of a class known here are left alone.
+
+    If `prepack`, after each layer that ours computes, one for the weight of its base layer.
+    """
     # An adapter may be added later, so DoRA's verdict is kept for the calls too.
     dora.refused = drift.why_not(_dora_upstream(), strict=False)
     changes = []
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values()) if prepack else Counter()
     for name, module in model.named_modules():
         if not isinstance(module, lora.LoraLayer):
             continue
@@ -48,7 +54,37 @@ def plan(model: nn.Module, *, strict: bool = False) -> list[Change]:
             change = swapped(name, module, swap.ours, swap.now)
             change.was = was
             changes.append(change)
+        if prepack and (reason is None or type(module) is lora_layer.Linear):
+            changes.append(_prepacked(name, module, uses))
     return changes
+
+
+def _prepacked(name: str, module: Any, uses: Counter[int]) -> Change:
+    """The change that packs the weight of a LoRA layer's base, and back. `uses` counts where a parameter is held."""
+    base = module.base_layer
+    change = Change(f"{name}.base_layer" if name else "base_layer", f"the weight of {described(type(base))}")
+    if type(base) is not nn.Linear:
+        change.reason = f"only the weight of an nn.Linear is packed, not of {type(base).__name__}"
+    elif not isinstance(module, lora.Linear):
+        change.reason = f"a {type(module).__name__} reads its weight otherwise than lora_linear does"
+    elif module.lora_variant:
+        variant = type(next(iter(module.lora_variant.values()))).__name__
+        change.reason = f"{variant} reads it otherwise than lora_linear does"
+    elif uses[id(base.weight)] > 1:
+        change.reason = "another module has the same weight"
+    else:
+        change.reason = packing.why_not(base)
+    if change.reason is not None:
+        return change
+
+    def apply() -> str | None:
+        reason = packing.prepack(base)
+        if reason is None:
+            change.now = f"packed ({packing.described(packing.measured(base.weight))})"
+        return reason
+
+    change.now, change.apply, change.revert = "packed, if that is faster", apply, lambda: packing.unpack(base)
+    return change
 
 
 def _swap(kind: type) -> _Swap | None:

@@ -21,8 +21,9 @@ from lwft_kernels import backend, checks, dropout, registration
 from lwft_kernels import functional as LF
 from lwft_kernels.integrations import reached
 from lwft_kernels.integrations.class_swap import PLAIN, has_hooks, has_own_hooks, is_plain
-from lwft_kernels.integrations.peft import dora
+from lwft_kernels.integrations.peft import dora, few_tokens
 from lwft_kernels.lowrank import autograd
+from lwft_kernels.lowrank.packed_weight import PackedWeight, operand
 
 
 class Linear(lora.Linear):
@@ -85,8 +86,13 @@ def _simple(module: lora.Linear, x: Tensor) -> Tensor | None:
     if lora_bias is not None:
         return None
     held = base._parameters
-    weight, bias = held.get("weight"), held["bias"]
-    if type(weight) is not nn.Parameter or (bias is not None and type(bias) is not nn.Parameter):
+    weight: Any = held.get("weight")
+    bias = held["bias"]
+    if type(weight) is PackedWeight and not weight.requires_grad:
+        weight = weight.blocks
+    elif type(weight) is not nn.Parameter:
+        return None
+    if bias is not None and type(bias) is not nn.Parameter:
         return None
     if not backend.attempts(x):
         return None
@@ -96,6 +102,8 @@ def _simple(module: lora.Linear, x: Tensor) -> Tensor | None:
     )
     if out is not None:
         reached.mark(module)
+        if weight is not held["weight"]:
+            reached.mark(base)
     return out
 
 
@@ -254,13 +262,15 @@ def _sum(module: Any, x: Tensor, branches: list[_Branch], args: tuple[Any, ...],
         bias = branch.bias
         if result is None and fused:
             weight, base_bias = weight_and_bias(base)
+            if type(weight) is PackedWeight:
+                reached.mark(base)
             if bias is not None and bias.dtype == weight.dtype:
                 scaled = bias * branch.scale
                 base_bias, bias = scaled if base_bias is None else base_bias + scaled, None
             result = _with_base(x, weight, base_bias, branch)
         else:
             if result is None:
-                result = _base_result(base, x, args, kwargs)
+                result = _base_result(module, x, args, kwargs)
             result = LF.lora_delta_(
                 result, x, branch.a, branch.b, scale=branch.scale, dropout_p=branch.dropout_p,
                 adapter_index=branch.index,
@@ -268,7 +278,7 @@ def _sum(module: Any, x: Tensor, branches: list[_Branch], args: tuple[Any, ...],
         if bias is not None:
             result = (result + bias * branch.scale).to(result.dtype)
     if result is None:  # a mixed batch of which no row has an adapter here
-        result = _base_result(base, x, args, kwargs)
+        result = _base_result(module, x, args, kwargs)
     return result
 
 
@@ -279,8 +289,8 @@ def _with_base(x: Tensor, weight: Tensor, bias: Tensor | None, branch: _Branch) 
     if backend.attempts(x):
         seed = dropout.draw_seed(x.device) if branch.dropout_p else None
         found: Tensor | None = backend.attempt(
-            "lora_linear", autograd.lora_linear, x, weight, bias, branch.a, branch.b, tokens, seed, branch.scale,
-            branch.dropout_p,
+            "lora_linear", autograd.lora_linear, x, operand(weight), bias, branch.a, branch.b, tokens, seed,
+            branch.scale, branch.dropout_p,
         )  # fmt: skip
         if found is not None:
             return found
@@ -290,8 +300,15 @@ def _with_base(x: Tensor, weight: Tensor, bias: Tensor | None, branch: _Branch) 
     )  # fmt: skip
 
 
-def _base_result(base: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _base_result(module: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What the base computes by itself (quantised, offloaded, hooked), in memory that may be written to."""
+    base = module.base_layer
+    if not args and not kwargs:
+        for_few_tokens = few_tokens.result(base, x)
+        if for_few_tokens is not None:
+            return for_few_tokens
+    if type(getattr(base, "weight", None)) is PackedWeight:
+        backend.record_decline(op_name(module), "a packed weight is unpacked for a base layer that must be called")
     result: Tensor = base(x, *args, **kwargs)
     # A hook may have kept it, another layer saved it for its backward.
     return result if is_plain_linear(base) and not result._is_view() else result.clone()
@@ -302,7 +319,7 @@ def is_plain_linear(base: nn.Module) -> bool:
     return (
         type(base) in (nn.Linear, Conv1D)
         and not has_hooks(base)
-        and is_plain(base.weight)
+        and (is_plain(base.weight) or type(base.weight) is PackedWeight)
         and (base.bias is None or is_plain(base.bias))
     )
 

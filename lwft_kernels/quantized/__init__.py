@@ -1,0 +1,1 @@
+"""quantized_linear: functional, reference, autograd and the holder of a quantised weight."""
