@@ -79,9 +79,6 @@ def add_layer_norm_backward_kernel(
     programs = tl.num_programs(0)
     cols = tl.arange(0, COLS)
     inside = cols < d
-    factor = tl.full((COLS,), 1.0, tl.float32)
-    if WEIGHT:
-        factor = tl.load(weight + cols, inside, other=0.0).to(tl.float32)
     weight_sum = tl.zeros((COLS,), tl.float32)
     bias_sum = tl.zeros((COLS,), tl.float32)
     # The rows of a program depend on the number of programs alone, so the sums have one order.
@@ -100,7 +97,10 @@ def add_layer_norm_backward_kernel(
         if DBIAS:
             bias_sum += grad
         if DX or DSUBLAYER:
-            scaled = grad * factor
+            scaled = grad
+            if WEIGHT:
+                # read again for each row, from the cache: kept, it would take the registers that the sums need
+                scaled = grad * tl.load(weight + cols, inside, other=0.0).to(tl.float32)
             dsum = scale * (scaled - tl.sum(scaled, 0) / d - normed * (tl.sum(scaled * normed, 0) / d))
             if DX:
                 tl.store(dx + row * d + cols, dsum.to(dx.dtype.element_ty), inside)
