@@ -27,7 +27,9 @@ jobs := $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
 # Named one by one: a suite that cannot run there is an error, not a skip.
 adapters_tests := $(addprefix python_tests/,docs/test_guides.py $(addprefix integrations/test_,adapters.py \
   transformers4.py transformers_upstream.py transformers_blocks.py torch_nn.py))
-triton_tests := python_tests/triton_backend $(wildcard python_tests/*/test_triton.py)
+# But for those of the compiler's work in every configuration, which takes minutes and lwft-bench.
+triton_tests := $(filter-out %/test_every_configuration.py,$(wildcard python_tests/triton_backend/test_*.py \
+  python_tests/*/test_triton.py))
 say = @printf '\n==> %s\n'
 
 .PHONY: help test bench lint format cross library clean

@@ -1,4 +1,4 @@
-"""Every kernel, in every configuration that may be chosen, compiles for every class of cards, and well."""
+"""What compiling ahead of time calls a fault, and the compiler does not."""
 
 from __future__ import annotations
 
