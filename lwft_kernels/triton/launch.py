@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from lwft_kernels.triton import tuning
 from lwft_kernels.triton.cards import card_of
@@ -79,11 +80,35 @@ def launch(
             num_stages=configuration.num_stages,
         )
 
-    if len(candidates) == 1:
-        run(candidates[0])
-        return
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
-    run(tuning.choose(kernel.__name__, card_of(device), band, candidates, run))
+    chosen = candidates[0]
+    if len(candidates) > 1:
+        chosen = tuning.choose(kernel.__name__, card_of(_device(args)), band, candidates, run)
+    try:
+        run(chosen)
+    except OutOfResources as error:  # a card with less of everything than those that were thought of
+        _run_another(kernel.__name__, [c for c in candidates if c is not chosen], run, _device(args), error)
+
+
+def _device(args: tuple[Any, ...]) -> torch.device:
+    return next(a.device for a in args if isinstance(a, torch.Tensor))
+
+
+def _run_another(
+    name: str,
+    candidates: Sequence[Configuration],
+    run: Callable[[Configuration], None],
+    device: torch.device,
+    refused: OutOfResources,
+) -> None:
+    for configuration in candidates:
+        try:
+            return run(configuration)
+        except OutOfResources as error:
+            refused = error
+    raise RuntimeError(
+        f"{name}: none of its configurations fits this card, {card_of(device).name} ({refused}); use "
+        "lwft_kernels.use_backend('reference') or LWFT_BACKEND=reference"
+    ) from refused
 
 
 def launch_one_of(

@@ -11,6 +11,7 @@ import torch
 
 from lwft_kernels.triton import tuning
 from lwft_kernels.triton.cards import CLASSES, Card, assume, card_of
+from lwft_kernels.triton.launch import launch
 from lwft_kernels.triton.tuning import Configuration
 
 CARD = Card("A card", 90, 227 << 10, 132)
@@ -98,6 +99,34 @@ def test_a_candidate_the_card_cannot_run_is_passed_over(monkeypatch, seconds):
     assert choose() == CANDIDATES[2]
     with pytest.raises(RuntimeError, match="none of the configurations runs on this card"):
         choose(band=(7,), candidates=CANDIDATES[1:2])
+
+
+class SmallCard:
+    """A kernel on a card that has not enough for blocks of more than `rows` rows."""
+
+    __name__ = "a_kernel"
+
+    def __init__(self, rows):
+        self.rows, self.ran = rows, []
+
+    def __getitem__(self, grid):
+        def run(*args, ROWS, **options):
+            from triton.runtime.errors import OutOfResources
+
+            if self.rows < ROWS:
+                raise OutOfResources(1000 * ROWS, 1000 * self.rows, "shared memory")
+            self.ran.append(ROWS)
+
+        return run
+
+
+def test_a_card_with_less_takes_another_candidate(monkeypatch):
+    monkeypatch.setenv("LWFT_AUTOTUNE", "0")
+    kernel, tensor = SmallCard(16), torch.empty(1)
+    launch(kernel, tensor, grid=lambda _: (1,), candidates=CANDIDATES[::-1])
+    assert kernel.ran == [16]
+    with pytest.raises(RuntimeError, match="a_kernel: none of its configurations fits this card, sm_90"):
+        launch(SmallCard(8), tensor, grid=lambda _: (1,), candidates=CANDIDATES)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])
