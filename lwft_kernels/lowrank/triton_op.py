@@ -77,11 +77,11 @@ def _stages(card: Card, bytes_per_stage: int, programs: int = 1) -> int:
 # ---- middle = scale * dropout(x) F^T ----
 
 
-def _middle_candidates(x: Tensor, factor: Tensor) -> tuple[Configuration, ...]:
+def _middle_candidates(x: Tensor, factor: Tensor, stacked: bool) -> tuple[Configuration, ...]:
     """Bound by reading x: enough loads in flight count, and room for several programs on a multiprocessor."""
     rank_tile = _rank_tile(x, factor)
     rows = 16 if x.shape[0] <= 16 else 32
-    cols = 128 if rank_tile <= 32 and factor.dtype != torch.float32 else 64
+    cols = 128 if rank_tile <= 32 and factor.dtype != torch.float32 and not stacked else 64
     stage = cols * (rows * x.element_size() + rank_tile * factor.element_size())
     blocks = {"ROWS": rows, "COLS": cols, "RANK": rank_tile}
     card = card_of(x.device)
@@ -98,7 +98,7 @@ def _middle(
     adapters, rank, _ = factor.shape
     if tokens == 0:
         return x.new_empty((0, rank), dtype=torch.float32)
-    candidates = _middle_candidates(x, factor)
+    candidates = _middle_candidates(x, factor, adapter_index is not None)
     rank_blocks = _ceil_div(rank, candidates[0].blocks["RANK"])
     programs = _ceil_div(tokens, candidates[0].blocks["ROWS"]) * rank_blocks
     wished = max(_PROGRAMS_PER_MULTIPROCESSOR * card_of(x.device).multiprocessors // programs, 1)
