@@ -300,7 +300,7 @@ def test_a_change_that_fails_leaves_the_model_whole(monkeypatch):
 
 def test_a_change_that_turns_out_impossible_has_a_reason(monkeypatch):
     changes = [Change("head", "Linear", "fast", apply=lambda: "it will not have it")]
-    monkeypatch.setattr(accelerate_module, "_plan", lambda *_: changes)
+    monkeypatch.setattr(accelerate_module, "_plan", lambda *_, **__: changes)
     (declined,) = lwft_kernels.accelerate(build()).declined
     assert declined.reason == "it will not have it" and declined.now is None
 
