@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lwft_kernels
+
 
 def compiling(tmp_path, *command):
     """A process that compiles: not under the interpreter, with nothing compiled before."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "compiled")}
+    environment["PYTHONPATH"] = str(Path(lwft_kernels.__file__).parents[1])  # beside which it need not be installed
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
