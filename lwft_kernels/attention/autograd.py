@@ -25,7 +25,7 @@ _DIFFERENTIABLE = (0, 1, 2, 3, 5, 6)
 _INPUTS = 14
 
 
-def _by_token(like: Tensor) -> Tensor:
+def empty_by_token(like: Tensor) -> Tensor:
     """An empty (B, H, S, D) whose memory is (B, S, H, D), so that the heads are merged without a copy."""
     batch, heads, tokens, head_dim = like.shape
     return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
@@ -48,7 +48,7 @@ def _forward_fake(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _by_token(q), q.new_empty(q.shape[:3], dtype=statistics)
+    return empty_by_token(q), q.new_empty(q.shape[:3], dtype=statistics)
 
 
 def _backward_fake(
@@ -73,7 +73,7 @@ def _backward_fake(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def by_token(bit: int, like: Tensor) -> Tensor:
-        return _by_token(like) if needs >> bit & 1 else like.new_empty((0,))
+        return empty_by_token(like) if needs >> bit & 1 else like.new_empty((0,))
 
     def contiguous(bit: int, like: Tensor | None) -> Tensor:
         return q.new_empty((0,)) if like is None or not needs >> bit & 1 else like.new_empty(like.shape)

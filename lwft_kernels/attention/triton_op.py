@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from lwft_kernels.attention import triton_tiles
+from lwft_kernels.attention.autograd import empty_by_token
 from lwft_kernels.attention.triton_backward import (
     attention_bias_kernel,
     attention_keys_kernel,
@@ -44,12 +45,6 @@ def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
     if tensor is None:
         return (0,) * count
     return tuple(0 if tensor.shape[i] == 1 else tensor.stride(i) for i in range(count))
-
-
-def _by_token(like: Tensor) -> Tensor:
-    """An empty (B, H, S, D) whose memory is (B, S, H, D), so that the heads are merged without a copy."""
-    batch, heads, tokens, head_dim = like.shape
-    return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -201,7 +196,7 @@ def attention_forward(
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _by_token(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = empty_by_token(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
     call = _call(
@@ -286,7 +281,7 @@ def _statistics(
 
 def _queries(gradient: _Gradient) -> Tensor:
     call = gradient.call
-    dq = _by_token(call.q)
+    dq = empty_by_token(call.q)
     threshold, keep_scale = threshold_and_scale(call.dropout_p)
     launch(
         attention_queries_kernel,
@@ -422,8 +417,8 @@ def attention_backward(
         def zeros(bit: int, like: Tensor | None) -> Tensor:
             return q.new_empty(0) if like is None or not needs >> bit & 1 else like.new_zeros(like.shape)
 
-        dk, dv = (_by_token(t).zero_() if needs >> bit & 1 else q.new_empty(0) for bit, t in ((1, k), (2, v)))
-        dq = _by_token(q) if needs & 1 else q.new_empty(0)
+        dk, dv = (empty_by_token(t).zero_() if needs >> bit & 1 else q.new_empty(0) for bit, t in ((1, k), (2, v)))
+        dq = empty_by_token(q) if needs & 1 else q.new_empty(0)
         return dq, dk, dv, zeros(3, bias), zeros(4, prefix_k), zeros(5, prefix_v)
     gradient = _statistics(call, _unit_stride(grad_out), grad_lse, out, lse, bias_wanted)
     dq = _queries(gradient) if needs & 1 else q.new_empty(0)

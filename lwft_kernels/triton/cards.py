@@ -32,7 +32,7 @@ class Card:
         return self.shared_memory >= 160 << 10
 
 
-# The classes that every configuration is compiled for. Shared memory: CUDA C++ Programming Guide, table of technical
+# The classes that `lwft-bench kernels` compiles for. Shared memory: CUDA C++ Programming Guide, table of technical
 # specifications per compute capability; AMD Instinct MI300 instruction set architecture, section 2.
 CLASSES = (
     Card("sm_80 (A100)", 80, 163 << 10, 108),
