@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,12 +88,15 @@ PARTS = (
     Part("tuned", "the benchmark with the measured choices", 180, autotune="1"),
     Part("cuda_check", "the same checks of the CUDA C++ kernels of the library", 60, parallel=True, cuda=True),
     Part("cuda_bench", "the benchmark of those", 60, cuda=True),
+    Part("sanitizer", "compute-sanitizer over those, in sizes for tests", 180, parallel=True, cuda=True),
     Part("first_call", "the first call of each op, nothing compiled before", 90, fresh=True),
     Part("tests", "the rooms' own Triton tests, by pytest", 240, parallel=True),
     Part("compilers", "FlexAttention and torch.compile beside eager and ours, tuned", 420, autotune="1"),
 )
 BENCHES = ("bench", "tuned", "cuda_bench", "compilers")
 CHECKS = ("check", "cuda_check")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")  # tools of compute-sanitizer
+_REPORTED = 9  # its exit status where it has something to report
 
 Unit = dict[str, Any]  # "part", and what of it; JSON, for the process that does it
 
@@ -113,11 +117,18 @@ class Options:
 
 @dataclass
 class Outcome:
-    """What became of a unit: "done", "failed", "stopped" at the limit, or "not begun"."""
+    """What became of a unit: "done", "failed", "stopped" at the limit, "not begun", or "skipped" with the reason."""
 
     unit: Unit
     status: str
     seconds: float = 0.0
+
+
+def sanitizer() -> str | None:
+    """compute-sanitizer of the CUDA toolkit, None where there is none."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
 def units(part: Part, options: Options) -> list[Unit]:
@@ -129,6 +140,9 @@ def units(part: Part, options: Options) -> list[Unit]:
         found = [{"family": family, "dtype": dtype} for dtype in dtypes for family in families]
     elif part.name in ("warm", "tune"):
         found = [{"family": family} for family in families if family in gpu_checks.OPS]
+    elif part.name == "sanitizer":
+        families = [family for family in families if family in gpu_checks.OPS]
+        found = [{"family": family, "tool": tool} for family in families for tool in SANITIZERS]
     elif part.name in BENCHES:
         found = [{"family": name} for name in families if part.name != "compilers" or name != "peft"]
     elif part.name == "tests":
@@ -174,6 +188,11 @@ def _findings(unit: Unit, options: Options, device: torch.device) -> Iterator[gp
         presets = ("gpu-smoke",) if options.smoke else ("smoke", "gpu-smoke", "quick")
         for case in gpu_checks.cases(unit["family"], presets):
             yield from gpu_checks.check(unit["family"], case, unit["dtype"], device)
+    elif part == "sanitizer":
+        # Only what these kernels serve: the rest is PyTorch's and Triton's, whose launches we do not answer for.
+        for dtype in ("bfloat16", "float16", "float32"):
+            for case in gpu_checks.cases(unit["family"], ("smoke", "gpu-smoke")):
+                yield gpu_checks.run_once(unit["family"], case, dtype, device)
     elif part in ("warm", "tune"):
         for case in gpu_checks.cases(unit["family"], (options.preset,)):
             yield gpu_checks.run_once(unit["family"], case, "bfloat16", device)
@@ -223,6 +242,10 @@ class Proof:
         deadline = min(time.monotonic() + part.limit, self._deadline)
         waiting = [Outcome(unit, "not begun") for unit in units(part, self._options)]
         self._outcomes[part.name] = list(waiting)
+        if part.name == "sanitizer" and sanitizer() is None:
+            for outcome in waiting:
+                outcome.status = "skipped: no compute-sanitizer in PATH or CUDA_HOME"
+            waiting = []
         at_once = (os.cpu_count() or 1) if part.parallel else 1
         active: list[tuple[Outcome, subprocess.Popen[bytes], float]] = []
         while active or (waiting and time.monotonic() < deadline):
@@ -270,6 +293,11 @@ class Proof:
             command += ["-k", "no_tokens"] if self._options.smoke else []
         else:
             command = [sys.executable, "-m", f"{__package__}.gpu_proof"]
+            if part.name == "sanitizer":
+                # our kernels' names begin so; what memory torch's allocator keeps is not ours to report
+                environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+                checking = [str(sanitizer()), f"--tool={unit['tool']}", f"--error-exitcode={_REPORTED}"]
+                command = [*checking, "--kernel-name=kernel_substring=lwft", "--target-processes=all", *command]
             command += [_UNIT, json.dumps(unit), json.dumps(asdict(self._options)), str(path)]
         with path.with_suffix(".log").open("wb") as log:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)

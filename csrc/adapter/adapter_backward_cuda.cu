@@ -9,8 +9,12 @@
 // round, is applied to the float32 sums. Under LayerNorm dn is needed twice, for its sums over the row and then for dx,
 // and computed twice: Wd and x come from the L2 cache the second time.
 //
-// The second kernel gives the weights' gradients: a block has 64 columns and a range of tokens, keeps its parts of dWu and
-// dWd^T in registers, and leaves them in the workspace; a third adds them up in the order of the ranges.
+// Two kernels give the weights' gradients, since they read nothing in common: grad_out and z for dWu, x and dz for the
+// rest. A block has 64 columns and a range of tokens, keeps its part in registers, and leaves it in the workspace; the last
+// kernel adds the parts up in the order of the ranges. With nh = (x - mean) rstd, n = nh gamma + beta and dn = dz Wd, what
+// LayerNorm wants are no sums over tokens of their own, which would want dn again: from G = dz^T nh and dbd come
+//
+//     dWd = G gamma + dbd beta^T,   dgamma = sum_t dn nh = sum_m Wd G,   dbeta = sum_t dn = sum_m Wd dbd.
 //
 // Not yet run on a GPU: its numbers are tested in the emulation of common/cuda, its registers and instructions by nvcc.
 #include "adapter/adapter_cuda.cuh"
@@ -19,7 +23,7 @@ namespace lwft::cuda {
 namespace {
 
 constexpr int kStride = kChunk + kPad;
-// Blocks of the weights' gradients: two for each multiprocessor of an H200. By shape and not by card, so that the sums
+// Blocks of each kernel of the weights' gradients: two for each multiprocessor of an H200. By shape and not by card, so that the sums
 // have one order everywhere.
 constexpr int64_t kWeightBlocks = 264;
 
@@ -27,7 +31,7 @@ constexpr int64_t kWeightBlocks = 264;
 struct Workspace {
   int64_t chunks, ranges, tiles_of_range;
   int64_t dz;       // floats that dz takes
-  int64_t partial;  // floats of one range: dWu (d, m), dWd^T (d, m), dbu, dnw, dnb (d), dbd (m)
+  int64_t partial;  // floats of one range: dWu (d, m), G^T (d, m), dbu (d), dbd (m)
 
   explicit Workspace(const AdapterBackward& p) {
     const int64_t tiles = (p.tokens + kRows - 1) / kRows;
@@ -36,15 +40,21 @@ struct Workspace {
     tiles_of_range = tiles == 0 ? 1 : (tiles + wanted - 1) / wanted;
     ranges = (tiles + tiles_of_range - 1) / tiles_of_range;
     dz = (p.tokens * p.bottleneck + 7) / 8 * 4;  // a multiple of 16 bytes
-    partial = p.model_dim * (2 * p.bottleneck + 3) + p.bottleneck;
+    partial = p.model_dim * (2 * p.bottleneck + 1) + p.bottleneck;
   }
   int64_t floats() const { return dz + ranges * partial; }
 };
+
+// Whether anything is wanted that comes from G.
+LWFT_DEVICE bool wants_down(const AdapterBackward& p) {
+  return p.ddown_weight != nullptr || p.dnorm_weight != nullptr || p.dnorm_bias != nullptr;
+}
 
 // The staged chunk of grad_out becomes zero where dropout drops.
 template <class T>
 LWFT_DEVICE void mask_chunk(const Dropout& dropout, int64_t first_row, int first_column, T* chunk) {
   // 4 columns that lie 16 apart share a call of Philox (common/philox.h)
+#pragma unroll 1
   for (int i = thread_index(); i < kRows * kChunk / 4; i += kThreads) {
     const int r = i / (kChunk / 4), c = i % (kChunk / 4);
     const int64_t row = first_row + r;
@@ -78,6 +88,8 @@ template <int M>
 constexpr int kDxStageElements = 2 * kRows * kStride + M * kStride > kRows* kStride + kChunk*(M + kPad)
                                      ? 2 * kRows * kStride + M * kStride
                                      : kRows * kStride + kChunk * (M + kPad);
+static_assert(3 * kRows * (128 + kPad) <= kStages * kDxStageElements<128>,
+              "the tiles of dh and dz lie where the stages are");
 template <int M>
 constexpr size_t kDxSharedBytes = 2 * kRows * sizeof(float) + kStages * kDxStageElements<M> * sizeof(uint16_t);
 
@@ -111,29 +123,42 @@ LWFT_DEVICE void up_gradient(const AdapterBackward& p, const Dropout& dropout, i
   for_chunks(static_cast<int>((p.model_dim + kChunk - 1) / kChunk), stages, kDxStageElements<M>, load, use);
 }
 
-// dz to the workspace, and as A fragments for the next product.
+// dz to the workspace, and as A fragments for the next product. As in forward, act' is computed in a loop over shared
+// memory: dh as float32 goes in, dz comes out behind it.
 template <class T, int M>
 LWFT_DEVICE void activation_gradient(const AdapterBackward& p, const Dropout& dropout, int64_t first_row,
-                                     const float (&dh)[M / 8][4], uint32_t (&dz)[M / 16][4]) {
+                                     const float (&dh)[M / 8][4], T* stages, uint32_t (&dz)[M / 16][4]) {
   const int lane = thread_index() % kWarpLanes, warp = thread_index() / kWarpLanes;
   const float factor = factor_of(p, dropout);
+  float* dh_tile = reinterpret_cast<float*>(stages);
+  T* dz_tile = stages + 2 * kRows * (M + kPad);
 #pragma unroll
   for (int j = 0; j < M / 8; ++j) {
-    const int column = j * 8 + lane % 4 * 2;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = first_row + warp * 16 + lane / 4 + half * 8;
-      uint32_t pair = 0;
-      if (column < p.bottleneck && row < p.tokens) {
-        const int64_t at = row * p.bottleneck + column;
-        const T* z = static_cast<const T*>(p.hidden) + at;
-        pair = pack<T>(factor * dh[j][2 * half] * activation_slope(p.activation, to_float(z[0])),
-                       factor * dh[j][2 * half + 1] * activation_slope(p.activation, to_float(z[1])));
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(p.workspace) + at) = pair;
-      }
-      dz[j / 2][j % 2 * 2 + half] = pair;
+    for (int i = 0; i < 4; ++i) {
+      const int r = warp * 16 + lane / 4 + i / 2 * 8, column = j * 8 + lane % 4 * 2 + i % 2;
+      dh_tile[r * (M + kPad) + column] = factor * dh[j][i];
     }
   }
+  block_barrier();
+#pragma unroll 1
+  for (int i = thread_index(); i < kRows * M / 8; i += kThreads) {
+    const int r = i / (M / 8), c = i % (M / 8) * 8;
+    float value[8] = {};
+    if (first_row + r < p.tokens && c < p.bottleneck) {
+      const int64_t at = (first_row + r) * p.bottleneck + c;
+      load(static_cast<const T*>(p.hidden) + at, value);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        value[e] = dh_tile[r * (M + kPad) + c + e] * activation_slope(p.activation, value[e]);
+      }
+      store(static_cast<T*>(p.workspace) + at, value);
+    }
+    store(dz_tile + r * (M + kPad) + c, value);
+  }
+  block_barrier();
+  load_fragments<T, M>(dz_tile, dz);
+  block_barrier();  // the tiles' place is taken by the stages of the next product
 }
 
 // The chunk's 8 tiles of dn = dz Wd for the 16 rows of this warp; Wd (M, 64) in shared memory.
@@ -248,18 +273,46 @@ adapter_dx_kernel(AdapterBackward p) {
   float dh[M / 8][4] = {};
   up_gradient<T, M>(p, dropout, first_row, stages, dh);
   uint32_t dz[M / 16][4];
-  activation_gradient<T, M>(p, dropout, first_row, dh, dz);
+  activation_gradient<T, M>(p, dropout, first_row, dh, stages, dz);
   if (p.dx != nullptr) input_gradient<T, M>(p, first_row, mean, rstd, stages, dz);
 }
 
 // ---- the weights' gradients ----
 
+// What a block of them works on: a chunk of columns and a range of tiles of tokens.
+struct Part {
+  int64_t range, first_tile;
+  int first_column, tiles;
+
+  LWFT_DEVICE Part(const AdapterBackward& p, const Workspace& space) {
+    range = block_index() / space.chunks;
+    first_column = static_cast<int>(block_index() % space.chunks) * kChunk;
+    first_tile = range * space.tiles_of_range;
+    const int64_t left = (p.tokens + kRows - 1) / kRows - first_tile;
+    tiles = static_cast<int>(left < space.tiles_of_range ? left : space.tiles_of_range);
+  }
+  LWFT_DEVICE int64_t row_of(int tile) const { return (first_tile + tile) * kRows; }
+  LWFT_DEVICE float* partial(const AdapterBackward& p, const Workspace& space) const {
+    return static_cast<float*>(p.workspace) + space.dz + range * space.partial;
+  }
+};
+
 template <int M>
-constexpr int kWeightStageElements = 2 * kRows * kStride + 2 * kRows * (M + kPad);
-// mean, rstd; Wd for the sums of dn; the stages. Behind the loop, 4 x 64 floats of the warps' column sums.
+constexpr int kWeightStageElements = kRows * kStride + kRows * (M + kPad);
 template <int M>
-constexpr size_t kWeightSharedBytes =
-    2 * kRows * sizeof(float) + (M * kStride + kStages * kWeightStageElements<M>)*sizeof(uint16_t);
+constexpr size_t kUpSharedBytes = kStages * kWeightStageElements<M> * sizeof(uint16_t);
+template <int M>
+constexpr size_t kDownSharedBytes = 2 * kRows * sizeof(float) + kUpSharedBytes<M>;  // mean and rstd in front
+
+// Starts the copies of a tile's tokens: columns of grad_out or x, and the bottleneck's of z or dz behind them.
+template <class T, int M>
+LWFT_DEVICE void copy_operands(const AdapterBackward& p, const Part& part, int tile, const void* wide,
+                               int64_t row_stride, const void* narrow, T* stage) {
+  const int64_t row = part.row_of(tile);
+  copy_tokens(stage, wide, row_stride, row, part.first_column, p);
+  copy_rows<kThreads>(stage + kRows * kStride, kRows, M, static_cast<const T*>(narrow) + row * p.bottleneck,
+                      p.bottleneck, p.tokens - row, p.bottleneck);
+}
 
 // acc (16 columns of the chunk per warp, M) += G^T H over the tile's 64 tokens; G (64, 64), H (64, M) in shared memory.
 template <class T, int M>
@@ -289,143 +342,70 @@ LWFT_DEVICE void store_outer(const AdapterBackward& p, int first_column, float f
   }
 }
 
-// dnorm_weight += dn * (x - mean) rstd and dnorm_bias += dn over the tile's tokens, for the columns that this lane holds.
-template <class T, int M>
-LWFT_DEVICE void norm_sums(const AdapterBackward& p, int64_t first_row, const float* mean, const float* rstd,
-                           const T* x, const T* dz, const T* down_weight, float (&dnorm_weight)[kChunk / 8][2],
-                           float (&dnorm_bias)[kChunk / 8][2]) {
-  const int lane = thread_index() % kWarpLanes, warp = thread_index() / kWarpLanes;
-#pragma unroll
-  for (int j = 0; j < kChunk / 16; ++j) {  // 16 columns at a time, for want of registers
-    float dn[2][4] = {};
-#pragma unroll 1
-    for (int k = 0; k < M; k += 16) {
-      uint32_t a[4];
-      ldmatrix_x4(a, dz + (warp * 16 + lane % 16) * (M + kPad) + k + lane / 16 * 8);
-      multiply_pair_transposed(dn, a, down_weight + k * kStride + j * 16, kStride);
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = warp * 16 + lane / 4 + half * 8;
-      if (first_row + r >= p.tokens) continue;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          // beyond the model dimension x and Wd were staged as zeros
-          const float normed = (to_float(x[r * kStride + (2 * j + i) * 8 + lane % 4 * 2 + e]) - mean[r]) * rstd[r];
-          dnorm_weight[2 * j + i][e] += dn[i][2 * half + e] * normed;
-          dnorm_bias[2 * j + i][e] += dn[i][2 * half + e];
-        }
-      }
-    }
-  }
-}
-
+// dWu = c g^T act(z), and the sums of c g.
 template <class T, int M>
 LWFT_KERNEL(kThreads)
-adapter_weights_kernel(AdapterBackward p, Workspace space) {
-  float* mean = reinterpret_cast<float*>(shared_memory());
-  float* rstd = mean + kRows;
-  T* down_weight = reinterpret_cast<T*>(rstd + kRows);
-  T* stages = down_weight + M * kStride;
+adapter_up_weight_kernel(AdapterBackward p, Workspace space) {
+  T* stages = reinterpret_cast<T*>(shared_memory());
   const Dropout dropout = device_dropout(p.dropout, p.device_seed);
-  const int lane = thread_index() % kWarpLanes, warp = thread_index() / kWarpLanes;
-  const int chunk = block_index() % static_cast<int>(space.chunks),
-            range = block_index() / static_cast<int>(space.chunks);
-  const int first_column = chunk * kChunk;
-  const int64_t first_tile = range * space.tiles_of_range, all_tiles = (p.tokens + kRows - 1) / kRows;
-  const int64_t left = all_tiles - first_tile;
-  const int tiles = static_cast<int>(left < space.tiles_of_range ? left : space.tiles_of_range);
-  const bool norm = p.norm_weight != nullptr;
-  const bool norm_gradients = norm && (p.dnorm_weight != nullptr || p.dnorm_bias != nullptr);
-
-  if (norm_gradients) {
-    copy_rows<kThreads>(down_weight, M, kChunk, static_cast<const T*>(p.down_weight) + first_column, p.model_dim,
-                        p.bottleneck, p.model_dim - first_column);
-  }
-  float dup[M / 8][4] = {}, ddown[M / 8][4] = {};
-  float dnorm_weight[kChunk / 8][2] = {}, dnorm_bias[kChunk / 8][2] = {};
-  float column_sum = 0.0f;  // of g in the first 64 threads; of dz in the rest of the first chunk's blocks
+  const Part part(p, space);
+  float dup[M / 8][4] = {};
+  float column_sum = 0.0f;  // of g in the first 64 threads
 
   const auto load = [&](int tile, T* stage) {
-    const int64_t first_row = (first_tile + tile) * kRows;
-    copy_tokens(stage, p.grad_out, p.grad_out_row_stride, first_row, first_column, p);
-    copy_tokens(stage + kRows * kStride, p.x, p.x_row_stride, first_row, first_column, p);
-    T* hidden = stage + 2 * kRows * kStride;
-    copy_rows<kThreads>(hidden, kRows, M, static_cast<const T*>(p.hidden) + first_row * p.bottleneck, p.bottleneck,
-                        p.tokens - first_row, p.bottleneck);
-    copy_rows<kThreads>(hidden + kRows * (M + kPad), kRows, M,
-                        static_cast<const T*>(p.workspace) + first_row * p.bottleneck, p.bottleneck,
-                        p.tokens - first_row, p.bottleneck);
+    copy_operands<T, M>(p, part, tile, p.grad_out, p.grad_out_row_stride, p.hidden, stage);
   };
-  const auto use = [&](int tile, T* stage) {
-    const int64_t first_row = (first_tile + tile) * kRows;
-    T* grad_out = stage;
-    T* x = stage + kRows * kStride;
-    T* hidden = stage + 2 * kRows * kStride;
-    const T* dz = hidden + kRows * (M + kPad);
-    if (dropout.active()) mask_chunk(dropout, first_row, first_column, grad_out);
-    for (int i = thread_index(); i < kRows * M; i += kThreads) {
-      const int r = i / M, c = i % M;
+  const auto use = [&](int tile, T* grad_out) {
+    const int64_t first_row = part.row_of(tile);
+    T* hidden = grad_out + kRows * kStride;
+    if (dropout.active()) mask_chunk(dropout, first_row, part.first_column, grad_out);
+#pragma unroll 1
+    for (int i = thread_index(); i < kRows * M / 8; i += kThreads) {
+      const int r = i / (M / 8), c = i % (M / 8) * 8;
       const bool inside = first_row + r < p.tokens && c < p.bottleneck;  // act(0) need not be 0
-      T& z = hidden[r * (M + kPad) + c];
-      z = inside ? from_float<T>(activate(p.activation, to_float(z))) : T{0};
+      if (inside) activate(p.activation, *reinterpret_cast<Vector8<T>*>(hidden + r * (M + kPad) + c));
     }
-    load_statistics(p, first_row, mean, rstd);
     block_barrier();
-    if (norm_gradients) {
-      norm_sums<T, M>(p, first_row, mean, rstd, x, dz, down_weight, dnorm_weight, dnorm_bias);
-      block_barrier();  // x is about to be written
-    }
-    if (norm) {
-      normalise(p, first_row, first_column, mean, rstd, x);
-      block_barrier();
-    }
     add_outer<T, M>(grad_out, hidden, dup);
-    add_outer<T, M>(x, dz, ddown);
     // by one thread a column, in the order of the tokens
     if (thread_index() < kChunk) {
       for (int r = 0; r < kRows; ++r) column_sum += to_float(grad_out[r * kStride + thread_index()]);
     }
   };
-  for_chunks(tiles, stages, kWeightStageElements<M>, load, use);
+  for_chunks(part.tiles, stages, kWeightStageElements<M>, load, use);
 
-  float* partial = static_cast<float*>(p.workspace) + space.dz + range * space.partial;
-  const int64_t d = p.model_dim, m = p.bottleneck;
+  float* partial = part.partial(p, space);
   const float factor = factor_of(p, dropout);
-  store_outer<M>(p, first_column, factor, dup, partial);
-  store_outer<M>(p, first_column, 1.0f, ddown, partial + d * m);
-  float* vectors = partial + 2 * d * m;
-  const int column = first_column + thread_index();
-  if (thread_index() < kChunk && column < d) vectors[column] = factor * column_sum;
-
-  if (norm_gradients) {
-    float* sums = reinterpret_cast<float*>(stages);  // (2, warps, 64)
-#pragma unroll
-    for (int j = 0; j < kChunk / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float weight_sum = dnorm_weight[j][e], bias_sum = dnorm_bias[j][e];
-#pragma unroll
-        for (int mask = 4; mask < kWarpLanes; mask *= 2) {  // the 8 lanes that hold a column
-          weight_sum += shuffle_xor(weight_sum, mask);
-          bias_sum += shuffle_xor(bias_sum, mask);
-        }
-        if (lane < 4) {
-          sums[warp * kChunk + j * 8 + lane * 2 + e] = weight_sum;
-          sums[(kWarps + warp) * kChunk + j * 8 + lane * 2 + e] = bias_sum;
-        }
-      }
-    }
-    block_barrier();
-    for (int i = thread_index(); i < 2 * kChunk; i += kThreads) {
-      const int kind = i / kChunk, c = i % kChunk;
-      float total = 0.0f;
-      for (int w = 0; w < kWarps; ++w) total += sums[(kind * kWarps + w) * kChunk + c];
-      if (first_column + c < d) vectors[(1 + kind) * d + first_column + c] = total;
-    }
+  store_outer<M>(p, part.first_column, factor, dup, partial);
+  const int column = part.first_column + thread_index();
+  if (thread_index() < kChunk && column < p.model_dim) {
+    partial[2 * p.model_dim * p.bottleneck + column] = factor * column_sum;
   }
+}
+
+// G^T = nh^T dz, or x^T dz where there is no LayerNorm.
+template <class T, int M>
+LWFT_KERNEL(kThreads)
+adapter_down_weight_kernel(AdapterBackward p, Workspace space) {
+  float* mean = reinterpret_cast<float*>(shared_memory());
+  float* rstd = mean + kRows;
+  const Part part(p, space);
+  float ddown[M / 8][4] = {};
+
+  const auto load = [&](int tile, T* stage) {
+    copy_operands<T, M>(p, part, tile, p.x, p.x_row_stride, p.workspace, stage);
+  };
+  const auto use = [&](int tile, T* x) {
+    if (p.norm_weight != nullptr) {
+      load_statistics(p, part.row_of(tile), mean, rstd);
+      block_barrier();
+      normalise<T>(p, part.row_of(tile), part.first_column, mean, rstd, nullptr, nullptr, x);
+      block_barrier();  // all of nh is there
+    }
+    add_outer<T, M>(x, x + kRows * kStride, ddown);
+  };
+  for_chunks(part.tiles, reinterpret_cast<T*>(rstd + kRows), kWeightStageElements<M>, load, use);
+  store_outer<M>(p, part.first_column, 1.0f, ddown, part.partial(p, space) + p.model_dim * p.bottleneck);
 }
 
 // The sum over tokens of dz for each range, by one thread an element of the bottleneck.
@@ -435,7 +415,7 @@ adapter_down_bias_kernel(AdapterBackward p, Workspace space) {
   const int64_t m = p.bottleneck;
   const int range = block_index();
   const int64_t begin = range * space.tiles_of_range * kRows, end = begin + space.tiles_of_range * kRows;
-  float* to = static_cast<float*>(p.workspace) + space.dz + range * space.partial + p.model_dim * (2 * m + 3);
+  float* to = static_cast<float*>(p.workspace) + space.dz + range * space.partial + p.model_dim * (2 * m + 1);
   for (int64_t column = thread_index(); column < m; column += kThreads) {
     float total = 0.0f;
     for (int64_t row = begin; row < end && row < p.tokens; ++row) {
@@ -445,34 +425,57 @@ adapter_down_bias_kernel(AdapterBackward p, Workspace space) {
   }
 }
 
-// Each gradient from its partial sums, in the order of the ranges.
+// Each gradient that is wanted from its partial sums, in the order of the ranges: a warp for the row of dWu, the column of
+// dWd and the elements of the vectors that belong to one column of x; one warp more for dbd.
 template <class T>
 LWFT_KERNEL(kThreads)
 adapter_sum_kernel(AdapterBackward p, Workspace space) {
+  const int lane = thread_index() % kWarpLanes;
+  const int64_t column = static_cast<int64_t>(block_index()) * kWarps + thread_index() / kWarpLanes;
   const int64_t d = p.model_dim, m = p.bottleneck;
-  const int64_t i = static_cast<int64_t>(block_index()) * kThreads + thread_index();
-  if (i >= space.partial) return;
-  const float* partial = static_cast<const float*>(p.workspace) + space.dz + i;
-  float total = 0.0f;
-  for (int64_t range = 0; range < space.ranges; ++range) total += partial[range * space.partial];
-  const auto store = [&](void* to, int64_t at) {
-    if (to != nullptr) static_cast<T*>(to)[at] = from_float<T>(total);
+  if (column > d) return;  // the same for all lanes of the warp
+  const auto sum = [&](int64_t at) {
+    const float* partial = static_cast<const float*>(p.workspace) + space.dz + at;
+    float total = 0.0f;
+    for (int64_t range = 0; range < space.ranges; ++range) total += partial[range * space.partial];
+    return total;
   };
-  if (i < d * m) return store(p.dup_weight, i);
-  if (i < 2 * d * m) return store(p.ddown_weight, (i - d * m) % m * d + (i - d * m) / m);  // kept transposed
-  const int64_t vector = i - 2 * d * m;
-  if (vector < d) return store(p.dup_bias, vector);
-  if (vector < 2 * d) return store(p.dnorm_weight, vector - d);
-  if (vector < 3 * d) return store(p.dnorm_bias, vector - 2 * d);
-  store(p.ddown_bias, vector - 3 * d);
+  const auto store = [](void* to, int64_t at, float value) { static_cast<T*>(to)[at] = from_float<T>(value); };
+  const auto element = [](const void* from, int64_t at) { return to_float(static_cast<const T*>(from)[at]); };
+
+  if (column == d) {
+    if (p.ddown_bias == nullptr) return;
+    for (int64_t j = lane; j < m; j += kWarpLanes) store(p.ddown_bias, j, sum(2 * d * m + d + j));
+    return;
+  }
+  const bool norm = p.norm_weight != nullptr;
+  const float gamma = norm ? element(p.norm_weight, column) : 1.0f;
+  const float beta = norm && p.norm_bias != nullptr ? element(p.norm_bias, column) : 0.0f;
+  float dgamma = 0.0f, dbeta = 0.0f;
+  for (int64_t j = lane; j < m; j += kWarpLanes) {
+    if (p.dup_weight != nullptr) store(p.dup_weight, column * m + j, sum(column * m + j));
+    if (!wants_down(p)) continue;
+    const float g = sum(d * m + column * m + j), dbd = norm ? sum(2 * d * m + d + j) : 0.0f;
+    if (p.ddown_weight != nullptr) store(p.ddown_weight, j * d + column, g * gamma + dbd * beta);
+    const float weight = norm ? element(p.down_weight, j * d + column) : 0.0f;
+    dgamma += weight * g;
+    dbeta += weight * dbd;
+  }
+  dgamma = warp_sum(dgamma);
+  dbeta = warp_sum(dbeta);
+  if (lane != 0) return;
+  if (p.dup_bias != nullptr) store(p.dup_bias, column, sum(2 * d * m + column));
+  if (p.dnorm_weight != nullptr) store(p.dnorm_weight, column, dgamma);
+  if (p.dnorm_bias != nullptr) store(p.dnorm_bias, column, dbeta);
 }
 
 struct Instance {
   DType dtype;
   int largest_bottleneck;
-  size_t dx_shared_bytes, weight_shared_bytes;
+  size_t dx_shared_bytes, up_shared_bytes, down_shared_bytes;
   void (*dx)(AdapterBackward);
-  void (*weights)(AdapterBackward, Workspace);
+  void (*up_weight)(AdapterBackward, Workspace);
+  void (*down_weight)(AdapterBackward, Workspace);
   void (*down_bias)(AdapterBackward, Workspace);
   void (*sum)(AdapterBackward, Workspace);
 };
@@ -482,17 +485,20 @@ constexpr Instance instance(DType dtype) {
   return {dtype,
           M,
           kDxSharedBytes<M>,
-          kWeightSharedBytes<M>,
+          kUpSharedBytes<M>,
+          kDownSharedBytes<M>,
           adapter_dx_kernel<T, M>,
-          adapter_weights_kernel<T, M>,
+          adapter_up_weight_kernel<T, M>,
+          adapter_down_weight_kernel<T, M>,
           adapter_down_bias_kernel<T>,
           adapter_sum_kernel<T>};
 }
 
 const Instance kInstances[] = {
-    // the parts of dWu and dWd^T that a lane holds take 128 registers at M = 128, too many for sm_90 without spilling
     instance<BFloat16, 64>(DType::bf16),
+    instance<BFloat16, 128>(DType::bf16),
     instance<Float16, 64>(DType::f16),
+    instance<Float16, 128>(DType::f16),
 };
 
 }  // namespace
@@ -503,7 +509,7 @@ namespace lwft {
 const char* adapter_cuda_declines(const AdapterBackward& p) {
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "x must be bfloat16 or float16";
   if (p.param_dtype != p.dtype) return "the parameters must have the dtype of x";
-  if (p.bottleneck % 8 != 0 || p.bottleneck > 64) return "the bottleneck must be a multiple of 8 and at most 64";
+  if (p.bottleneck % 8 != 0 || p.bottleneck > 128) return "the bottleneck must be a multiple of 8 and at most 128";
   if (p.model_dim % 8 != 0) return "the model dimension must be a multiple of 8";
   if (p.x_row_stride % 8 != 0 || p.grad_out_row_stride % 8 != 0) {
     return "the rows of x and grad_out must start at multiples of 16 bytes";
@@ -525,16 +531,20 @@ int adapter_backward_cuda(const AdapterBackward& p, void* stream) {
     const int error = cuda::launch(instance->dx, blocks, cuda::kThreads, instance->dx_shared_bytes, stream, p);
     if (error != 0) return error;
   }
-  if (!p.dup_weight && !p.ddown_weight && !p.dup_bias && !p.dnorm_weight && !p.dnorm_bias && !p.ddown_bias) return 0;
-  if (p.tokens > 0) {
-    int error = cuda::launch(instance->weights, static_cast<int>(space.chunks * space.ranges), cuda::kThreads,
-                             instance->weight_shared_bytes, stream, p, space);
-    if (error != 0) return error;
-    error = cuda::launch(instance->down_bias, static_cast<int>(space.ranges), cuda::kThreads, 0, stream, p, space);
-    if (error != 0) return error;
+  const bool up = p.dup_weight || p.dup_bias, down = p.ddown_weight || p.dnorm_weight || p.dnorm_bias;
+  const bool down_bias = p.ddown_bias || (down && p.norm_weight);
+  if (!up && !down && !down_bias) return 0;
+  const auto launch = [&](bool wanted, auto kernel, int64_t blocks, size_t shared_bytes) {
+    if (!wanted || blocks == 0) return 0;
+    return cuda::launch(kernel, static_cast<int>(blocks), cuda::kThreads, shared_bytes, stream, p, space);
+  };
+  int error = launch(up, instance->up_weight, space.chunks * space.ranges, instance->up_shared_bytes);
+  if (error == 0) {
+    error = launch(down, instance->down_weight, space.chunks * space.ranges, instance->down_shared_bytes);
   }
-  const auto blocks = static_cast<int>((space.partial + cuda::kThreads - 1) / cuda::kThreads);
-  return cuda::launch(instance->sum, blocks, cuda::kThreads, 0, stream, p, space);
+  if (error == 0) error = launch(down_bias, instance->down_bias, space.ranges, 0);
+  if (error != 0) return error;
+  return launch(true, instance->sum, p.model_dim / cuda::kWarps + 1, 0);
 }
 
 }  // namespace lwft

@@ -19,6 +19,9 @@ namespace {
 template <int M>
 constexpr int kStageElements = (kRows + M) * (kChunk + kPad) > kChunk*(M + kPad) ? (kRows + M) * (kChunk + kPad)
                                                                                  : kChunk * (M + kPad);
+// The tile of z that is activated in between lies where the stages are.
+static_assert(kRows * (256 + kPad) <= kStages * kStageElements<256> &&
+              kRows * (64 + kPad) <= kStages * kStageElements<64>);
 template <int M>
 constexpr size_t kSharedBytes = 2 * kRows * sizeof(float) + kStages * kStageElements<M> * sizeof(uint16_t);
 
@@ -70,7 +73,8 @@ LWFT_DEVICE void down_product(const AdapterForward& p, int64_t first_row, const 
   const auto use = [&](int chunk, T* x) {
     const T* weight = x + kRows * (kChunk + kPad);
     if (p.norm_weight != nullptr) {
-      normalise(p, first_row, chunk * kChunk, mean, rstd, x);
+      normalise(p, first_row, chunk * kChunk, mean, rstd, static_cast<const T*>(p.norm_weight),
+                static_cast<const T*>(p.norm_bias), x);
       block_barrier();
     }
 #pragma unroll
@@ -86,31 +90,37 @@ LWFT_DEVICE void down_product(const AdapterForward& p, int64_t first_row, const 
   for_chunks(static_cast<int>((p.model_dim + kChunk - 1) / kChunk), stages, kStageElements<M>, load, use);
 }
 
-// Adds the bias, stores z, and leaves act(z) as A fragments for the second product.
+// Adds the bias, stores z, and leaves act(z) as A fragments for the second product. The activation is done on the way, in
+// shared memory, in a loop: unrolled over the registers of z, its eight kinds would be most of the kernel's code.
 template <class T, int M>
-LWFT_DEVICE void activate_hidden(const AdapterForward& p, int64_t first_row, float (&z)[M / 8][4],
+LWFT_DEVICE void activate_hidden(const AdapterForward& p, int64_t first_row, const float (&z)[M / 8][4], T* tile,
                                  uint32_t (&h)[M / 16][4]) {
   const int lane = thread_index() % kWarpLanes, warp = thread_index() / kWarpLanes;
   const T* bias = static_cast<const T*>(p.down_bias);
 #pragma unroll
   for (int j = 0; j < M / 8; ++j) {
     const int column = j * 8 + lane % 4 * 2;
-    const bool inside = column < p.bottleneck;
-    if (inside && bias != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) z[j][i] += to_float(bias[column + i % 2]);
-    }
+    float b[2] = {0.0f, 0.0f};
+    if (bias != nullptr && column < p.bottleneck) b[0] = to_float(bias[column]), b[1] = to_float(bias[column + 1]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = first_row + warp * 16 + lane / 4 + half * 8;
-      float* pair = &z[j][2 * half];
-      if (inside && row < p.tokens) {
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(p.hidden) + row * p.bottleneck + column) =
-            pack<T>(pair[0], pair[1]);
-      }
-      h[j / 2][j % 2 * 2 + half] = pack<T>(activate(p.activation, pair[0]), activate(p.activation, pair[1]));
+      *reinterpret_cast<uint32_t*>(tile + (warp * 16 + lane / 4 + half * 8) * (M + kPad) + column) =
+          pack<T>(z[j][2 * half] + b[0], z[j][2 * half + 1] + b[1]);
     }
   }
+  block_barrier();
+#pragma unroll 1
+  for (int i = thread_index(); i < kRows * M / 8; i += kThreads) {
+    const int r = i / (M / 8), c = i % (M / 8) * 8;
+    Vector8<T>& v = *reinterpret_cast<Vector8<T>*>(tile + r * (M + kPad) + c);
+    if (first_row + r < p.tokens && c < p.bottleneck) {
+      *reinterpret_cast<Vector8<T>*>(static_cast<T*>(p.hidden) + (first_row + r) * p.bottleneck + c) = v;
+    }
+    activate(p.activation, v);
+  }
+  block_barrier();
+  load_fragments<T, M>(tile, h);
+  block_barrier();  // the tile's place is taken by the stages of the second product
 }
 
 // One chunk of 64 columns of out, from its 8 accumulator tiles.
@@ -177,7 +187,7 @@ adapter_forward_kernel(AdapterForward p) {
   float z[M / 8][4] = {};
   down_product<T, M>(p, first_row, mean, rstd, stages, z);
   uint32_t h[M / 16][4];
-  activate_hidden<T, M>(p, first_row, z, h);
+  activate_hidden<T, M>(p, first_row, z, stages, h);
   up_product<T, M>(p, first_row, stages, h);
 }
 

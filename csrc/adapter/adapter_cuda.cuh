@@ -53,21 +53,36 @@ LWFT_DEVICE float activation_slope(Activation activation, float x) {
   return 1.0f;
 }
 
-// The staged chunk of x becomes (x - mean) * rstd * weight + bias, in place.
+template <class T>
+LWFT_DEVICE void activate(Activation activation, Vector8<T>& v) {
+#pragma unroll
+  for (int e = 0; e < 8; ++e) v.element[e] = from_float<T>(activate(activation, to_float(v.element[e])));
+}
+
+// The 16 rows of this warp, of a tile (kRows, M) in shared memory, as A fragments.
+template <class T, int M>
+LWFT_DEVICE void load_fragments(const T* tile, uint32_t (&a)[M / 16][4]) {
+  const int lane = thread_index() % kWarpLanes, warp = thread_index() / kWarpLanes;
+#pragma unroll
+  for (int k = 0; k < M / 16; ++k) {
+    ldmatrix_x4(a[k], tile + (warp * 16 + lane % 16) * (M + kPad) + k * 16 + lane / 16 * 8);
+  }
+}
+
+// The staged chunk of x becomes (x - mean) * rstd, times weight and plus bias unless they are null, in place.
 template <class T, class P>
 LWFT_DEVICE void normalise(const P& p, int64_t first_row, int first_column, const float* mean, const float* rstd,
-                           T* chunk) {
-  const T* weight = static_cast<const T*>(p.norm_weight);
-  const T* bias = static_cast<const T*>(p.norm_bias);
+                           const T* weight, const T* bias, T* chunk) {
   for (int i = thread_index(); i < kRows * kChunk / 8; i += kThreads) {
     const int r = i / (kChunk / 8), c = i % (kChunk / 8) * 8;
     if (first_row + r >= p.tokens || first_column + c >= p.model_dim) continue;
     Vector8<T>& v = *reinterpret_cast<Vector8<T>*>(chunk + r * (kChunk + kPad) + c);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const float w = to_float(weight[first_column + c + e]);
-      const float b = bias == nullptr ? 0.0f : to_float(bias[first_column + c + e]);
-      v.element[e] = from_float<T>((to_float(v.element[e]) - mean[r]) * rstd[r] * w + b);
+      float value = (to_float(v.element[e]) - mean[r]) * rstd[r];
+      if (weight != nullptr) value *= to_float(weight[first_column + c + e]);
+      if (bias != nullptr) value += to_float(bias[first_column + c + e]);
+      v.element[e] = from_float<T>(value);
     }
   }
 }

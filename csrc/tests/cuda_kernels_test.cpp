@@ -140,7 +140,7 @@ void test_adapter(int64_t tokens, int64_t d, int64_t m, bool norm) {
   const auto x = random<T>(tokens * d, 1), down = random<T>(m * d, 2), down_bias = random<T>(m, 3);
   const auto up = random<T>(d * m, 4), up_bias = random<T>(d, 5), norm_weight = random<T>(d, 6);
   const auto norm_bias = random<T>(d, 7), grad_out = random<T>(tokens * d, 8);
-  const bool backward_too = m <= 64;
+  const bool backward_too = m <= 128;
   const auto run = [&](auto&& forward, auto&& backward) {
     Results<T> results{std::vector<T>(tokens * d), std::vector<T>(tokens * m)};
     std::vector<float> mean(tokens), rstd(tokens);
@@ -224,6 +224,7 @@ int main() {
   test_adapter<BFloat16>(65, 136, 24, false);
   test_adapter<Float16>(70, 72, 56, true);
   test_adapter<Float16>(3, 136, 72, true);
+  test_adapter<BFloat16>(2, 8, 136, true);
   test_adapter<BFloat16>(140, 8, 64, true);
   test_add_layer_norm<BFloat16>(3, 1032);
   test_add_layer_norm<Float16>(9, 72);

@@ -117,3 +117,44 @@ def test_bad_words_are_refused(tmp_path, words, monkeypatch):
 def test_a_result_is_named_by_card_date_and_commit():
     facts = {"GPU": "NVIDIA H200", "date": "2026-11-25T19:00:00+00:00", "commit": "abc123+"}
     assert gpu_proof.name_of(facts) == "nvidia-h200-2026-11-25-abc123"
+
+
+SANITIZER = """#!/bin/sh
+for word; do case $word in
+  --tool=*) tool=${word#*=} ;;
+  --*) ;;
+  *) break ;;
+esac; shift; done
+echo "$tool runs $*; caching off: $PYTORCH_NO_CUDA_MEMORY_CACHING, unproven kernels: $LWFT_CUDA_UNPROVEN"
+test $tool = racecheck && exit 9
+exec "$@"
+"""
+
+
+def sanitized(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_proof.backend, "has_cuda_kernel", lambda name: True)
+    proof = gpu_proof.Proof(tmp_path / "out", tmp_path, options(), time.monotonic() + 100, "command")
+    proof.run(next(part for part in gpu_proof.PARTS if part.name == "sanitizer"))
+    written = json.loads((tmp_path / "out" / "proof.json").read_text())
+    return proof, [outcome["status"] for outcome in written["parts"]["sanitizer"]]
+
+
+@pytest.mark.slow
+def test_every_tool_of_the_sanitizer_runs_and_what_one_reports_is_a_fault(tmp_path, monkeypatch):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(SANITIZER)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    proof, statuses = sanitized(tmp_path, monkeypatch)
+    assert statuses == ["done", "failed", "done", "done"] and proof.faults() == 1
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert all(f"{tool} runs" in log for tool in gpu_proof.SANITIZERS)
+    assert log.count("caching off: 1, unproven kernels: 1") == 4
+
+
+def test_without_a_sanitizer_its_part_is_skipped_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_proof, "sanitizer", lambda: None)
+    proof, statuses = sanitized(tmp_path, monkeypatch)
+    assert len(statuses) == 4 and all("no compute-sanitizer" in status for status in statuses)
+    assert proof.faults() == 0
+    assert "no compute-sanitizer" in (tmp_path / "out" / "summary.md").read_text()
