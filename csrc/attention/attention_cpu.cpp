@@ -25,6 +25,12 @@ constexpr int64_t kTaskRows = 480, kTaskElements = 32 << 10;
 constexpr int64_t kEnoughTasks = 8, kFewestTaskRows = 96;
 // Keys of a task where there are few rows.
 constexpr int64_t kFewRowsKeys = 512;
+// Of one head so many tokens at once, and so many bytes before they are read they are asked for. (32 heads of 128, 4096
+// keys in bfloat16, 1 and 2 threads of a Xeon that reads 22 and 47 GB/s: 23 and 42 GB/s; not asked for, 21 and 42; where the
+// tokens of a head lie together 17 and 38, not asked for 12 and 31; by one head after the other where they do not, 8 and 10.)
+constexpr int64_t kTokensAtOnce = 8, kFewRowsAhead = 4096;
+// Tasks that each thread should find, and how many scores a task with many heads may keep.
+constexpr int64_t kTasksOfThread = 4, kFewRowsScores = 32 << 10;
 
 template <class E>
 Pieces task_rows(const AttentionShape& shape) {
@@ -208,7 +214,11 @@ void forward_many(const AttentionForward& p) {
 //
 // One token against a long cache only reads the keys and values, once, so nothing is packed; and the keys are
 // split, or there would be too few tasks (Flash-Decoding, Dao et al. 2023). Each task leaves, for each of the
-// R rows, its own softmax state and its own sum over values; they are merged in the order of the keys.
+// R rows of its heads, its own softmax state and its own sum over values; they are merged in the order of the keys.
+//
+// Keys and values are read as they lie. Where all heads of a token lie together, a walk over the keys of one head meets a
+// page for every one of them and takes a few lines from it, which neither the prefetchers nor the tables of addresses
+// are made for: so a task takes many heads, and for some tokens all of them before it goes on.
 
 template <class T>
 struct Partial {
@@ -222,23 +232,57 @@ int64_t state_rows(int64_t rows) {
   return rows + kGroupRows<T>;
 }
 
-template <class T>
-void attend_few(const AttentionForward& p, const HeadGroup& group, const Segment& segment, Range chunk,
-                SoftmaxRows<T> softmax, T* sum) {
+// `heads` key heads of one sequence, from `group` on, against a chunk of keys; partial_of(i) is for head i of them.
+template <class T, class PartialOf>
+void attend_few(const AttentionForward& p, const HeadGroup& group, int64_t heads, const Segment& segment, Range chunk,
+                const PartialOf& partial_of) {
   const int64_t d = p.shape.head_dim, d_padded = padded<T>(d), rows = group.rows();
-  const Range seen = intersect(segment.visible(group, Range{0, rows}), chunk);
+  const Range seen = intersect(segment.visible(group, Range{0, rows}), chunk);  // whichever head
   if (seen.empty()) return;
   Scratch scratch;
-  T* q = scratch.take<T>(rows * d_padded);
-  const int64_t score_stride = padded<T>(seen.size()) + kLanes<T>;
-  T* scores = scratch.take<T>(rows * score_stride);
-  T* factors = scratch.take<T>(state_rows<T>(rows));  // of nothing so far
-  load_queries(group, p.q, {0, rows}, q);
-  dot_rows(rows, seen.size(), d, q, d_padded, p.shape.dtype, segment.key(group, seen.begin), segment.k.stride[2],
-           scores, score_stride, Mode::overwrite);
-  softmax_rows(group, segment, {0, rows}, seen, T{1}, softmax, scores, score_stride, scores, score_stride, factors);
-  combine_rows(rows, d, seen.size(), scores, score_stride, p.shape.dtype, segment.value(group, seen.begin),
-               segment.v.stride[2], sum, d_padded, Mode::overwrite);
+  const int64_t q_size = rows * d_padded, score_stride = padded<T>(seen.size()) + kLanes<T>;
+  T* const q = scratch.take<T>(heads * q_size);
+  T* const scores = scratch.take<T>(heads * rows * score_stride);
+  T* const factors = scratch.take<T>(state_rows<T>(rows));  // of nothing so far
+  const auto head = [&](int64_t i) { return HeadGroup(p.shape, p.rule, group.number() + i); };
+  const auto lies = [&](const Strided& tensor, const void* first, int64_t i, int64_t j) {
+    return element(p.shape.dtype, first, i * tensor.stride[1] + (j - seen.begin) * tensor.stride[2]);
+  };
+  const int64_t row_bytes = d * static_cast<int64_t>(element_size(p.shape.dtype));
+  const int64_t steps_ahead = ceil_div(kFewRowsAhead, kTokensAtOnce * row_bytes);
+  // body(i, j, count, rows) for the tokens j .. j + count - 1 of head i, which lie at `rows`, while those that come next
+  // are asked for.
+  const auto for_tokens = [&](const Strided& tensor, const void* first, const auto& body) {
+    int64_t next_i = steps_ahead % heads, next_j = seen.begin + steps_ahead / heads * kTokensAtOnce;
+    for (int64_t j = seen.begin; j < seen.end; j += kTokensAtOnce) {
+      for (int64_t i = 0; i < heads; ++i) {
+        for (int64_t l = next_j; l < minimum(next_j + kTokensAtOnce, seen.end); ++l) {
+          const char* const row = static_cast<const char*>(lies(tensor, first, next_i, l));
+          for (int64_t at = 0; at < row_bytes; at += kLine) prefetch_to_second_cache(row + at);
+        }
+        if (++next_i == heads) {
+          next_i = 0;
+          next_j += kTokensAtOnce;
+        }
+        body(i, j, minimum(kTokensAtOnce, seen.end - j), lies(tensor, first, i, j));
+      }
+    }
+  };
+  for (int64_t i = 0; i < heads; ++i) load_queries(head(i), p.q, {0, rows}, q + i * q_size);
+  for_tokens(segment.k, segment.key(group, seen.begin), [&](int64_t i, int64_t j, int64_t count, const void* keys) {
+    dot_rows(rows, count, d, q + i * q_size, d_padded, p.shape.dtype, keys, segment.k.stride[2],
+             scores + i * rows * score_stride + j - seen.begin, score_stride, Mode::overwrite);
+  });
+  for (int64_t i = 0; i < heads; ++i) {
+    T* const mine = scores + i * rows * score_stride;
+    softmax_rows(head(i), segment, {0, rows}, seen, T{1}, partial_of(i).softmax, mine, score_stride, mine, score_stride,
+                 factors);
+  }
+  for_tokens(segment.v, segment.value(group, seen.begin), [&](int64_t i, int64_t j, int64_t count, const void* values) {
+    combine_rows(rows, d, count, scores + i * rows * score_stride + j - seen.begin, score_stride, p.shape.dtype, values,
+                 segment.v.stride[2], partial_of(i).sum, d_padded,
+                 j == seen.begin ? Mode::overwrite : Mode::accumulate);
+  });
 }
 
 template <class T>
@@ -262,6 +306,13 @@ void merge_row(const AttentionForward& p, const HeadGroup& group, int64_t row, i
   store_results(p, group, {row, row + 1}, SoftmaxRows<T>(&highest, &total), sum);
 }
 
+// How many key heads a task takes: one where the tokens of a head lie together; else as many as leave enough tasks.
+int64_t heads_at_once(const AttentionForward& p, int64_t sets, int64_t rows) {
+  if (p.k.stride[1] > p.k.stride[2]) return 1;
+  const int64_t parts = ceil_div(kTasksOfThread * thread_count(), maximum<int64_t>(sets, 1));
+  return maximum<int64_t>(1, minimum(p.shape.kv_heads / parts, kFewRowsScores / (rows * kFewRowsKeys)));
+}
+
 template <class T>
 void forward_few(const AttentionForward& p) {
   const int64_t groups = HeadGroup::count(p.shape), rows = HeadGroup::rows(p.shape);
@@ -274,13 +325,19 @@ void forward_few(const AttentionForward& p) {
   const auto of_group = [&](int64_t group) {
     return Partial<T>{softmax.from(group * chunks * state_rows<T>(rows)), sums + group * chunks * rows * d_padded};
   };
-  parallel_for(groups * chunks, [&](int64_t task) {
-    const HeadGroup group(p.shape, p.rule, task / chunks);
-    const int64_t chunk = task % chunks;
+  // A head's results do not depend on how many heads a task takes.
+  const int64_t kv_heads = p.shape.kv_heads, sets = p.shape.batch * chunks;
+  const Pieces heads(kv_heads, heads_at_once(p, sets, rows), 1);
+  parallel_for(sets * heads.count, [&](int64_t task) {
+    const int64_t batch = task / (chunks * heads.count), chunk = task / heads.count % chunks;
+    const Range mine = heads[task % heads.count];
     const bool prefix = chunk < prefix_chunks.count;
-    const Partial<T> mine = of_group(task / chunks);
-    attend_few(p, group, Segment(p, prefix), prefix ? prefix_chunks[chunk] : key_chunks[chunk - prefix_chunks.count],
-               mine.softmax.from(chunk * state_rows<T>(rows)), mine.sum + chunk * rows * d_padded);
+    const int64_t first = batch * kv_heads + mine.begin;
+    attend_few<T>(p, HeadGroup(p.shape, p.rule, first), mine.size(), Segment(p, prefix),
+                  prefix ? prefix_chunks[chunk] : key_chunks[chunk - prefix_chunks.count], [&](int64_t i) {
+                    const Partial<T> all = of_group(first + i);
+                    return Partial<T>{all.softmax.from(chunk * state_rows<T>(rows)), all.sum + chunk * rows * d_padded};
+                  });
   });
   parallel_for(groups, [&](int64_t index) {
     const HeadGroup group(p.shape, p.rule, index);
