@@ -7,8 +7,8 @@
 // packed. Few rows (decoding) go another way: see forward_few.
 //
 // Memory of a task: q and out of its rows (at most kTaskElements each), two panels of at most kPanelBytes and
-// a tile of scores: under 1 MiB for any length. Tasks depend on the shape alone, so results do not depend on
-// the threads.
+// a tile of scores: under 1 MiB for any length. Tasks depend on the shape alone (of few rows also on how they lie), so
+// results do not depend on the threads.
 #include "attention/attention_softmax.h"
 #include "common/cpu/threads.h"
 
@@ -23,12 +23,14 @@ constexpr int64_t kPanelBytes = 128 << 10;
 constexpr int64_t kTaskRows = 480, kTaskElements = 32 << 10;
 // Where there are few heads, tasks become smaller, down to kFewestTaskRows, until there are so many.
 constexpr int64_t kEnoughTasks = 8, kFewestTaskRows = 96;
-// Keys of a task where there are few rows.
-constexpr int64_t kFewRowsKeys = 512;
-// Of one head so many tokens at once, and so many bytes before they are read they are asked for. (32 heads of 128, 4096
-// keys in bfloat16, 1 and 2 threads of a Xeon that reads 22 and 47 GB/s: 23 and 42 GB/s; not asked for, 21 and 42; where the
-// tokens of a head lie together 17 and 38, not asked for 12 and 31; by one head after the other where they do not, 8 and 10.)
-constexpr int64_t kTokensAtOnce = 8, kFewRowsAhead = 4096;
+// Keys of a task where there are few rows: as many as leave kEnoughTasks, within these.
+constexpr int64_t kFewestFewRowsKeys = 128, kFewRowsKeys = 512;
+// Of one head so many tokens at once.
+constexpr int64_t kTokensAtOnce = 8;
+// Keys and values that are together larger than kFewRowsCached are asked for about so many bytes before they are read. (32
+// heads of 128, 4096 keys in bfloat16, 1 and 2 threads of a Xeon that reads 20 and 48 GB/s: where the tokens of a head lie
+// together 17 and 38 GB/s, without 12 and 31.)
+constexpr int64_t kFewRowsAhead = 4096, kFewRowsCached = 8 << 20;
 // Tasks that each thread should find, and how many scores a task with many heads may keep.
 constexpr int64_t kTasksOfThread = 4, kFewRowsScores = 32 << 10;
 
@@ -218,7 +220,38 @@ void forward_many(const AttentionForward& p) {
 //
 // Keys and values are read as they lie. Where all heads of a token lie together, a walk over the keys of one head meets a
 // page for every one of them and takes a few lines from it, which neither the prefetchers nor the tables of addresses
-// are made for: so a task takes many heads, and for some tokens all of them before it goes on.
+// are made for: so a task takes many heads, and for some tokens all of them before it goes on. (32 heads of 128, 4096 keys
+// in bfloat16, 1 and 2 threads of a Xeon that reads 22 and 47 GB/s: 21 and 42 GB/s; by one head after the other 8 and 10.)
+
+struct FewRowsPlan {
+  bool by_token;  // all heads of a token lie together
+  int64_t heads;  // that a task takes: a head's results do not depend on it
+  Pieces prefix_chunks, key_chunks;
+
+  explicit FewRowsPlan(const AttentionForward& p)
+      : by_token(p.k.stride[1] < p.k.stride[2]),
+        heads(1),
+        prefix_chunks(p.shape.prefix, keys_of_task(p.shape), kTokensAtOnce),
+        key_chunks(p.shape.keys, keys_of_task(p.shape), kTokensAtOnce) {
+    if (!by_token) return;
+    const int64_t tasks = maximum<int64_t>(p.shape.batch * chunks(), 1);
+    const int64_t parts = ceil_div(kTasksOfThread * thread_count(), tasks);
+    heads =
+        maximum<int64_t>(1, minimum(p.shape.kv_heads / parts,
+                                    kFewRowsScores / (maximum<int64_t>(HeadGroup::rows(p.shape), 1) * kFewRowsKeys)));
+  }
+
+  int64_t chunks() const { return prefix_chunks.count + key_chunks.count; }
+  bool is_prefix(int64_t chunk) const { return chunk < prefix_chunks.count; }
+  Range chunk(int64_t i) const { return is_prefix(i) ? prefix_chunks[i] : key_chunks[i - prefix_chunks.count]; }
+
+ private:
+  int64_t keys_of_task(const AttentionShape& shape) const {
+    const int64_t others = maximum<int64_t>(shape.batch * (by_token ? 1 : shape.kv_heads), 1);
+    const int64_t wanted = ceil_div(shape.keys, ceil_div(kEnoughTasks, others));
+    return minimum(kFewRowsKeys, maximum(kFewestFewRowsKeys, wanted));
+  }
+};
 
 template <class T>
 struct Partial {
@@ -245,26 +278,26 @@ void attend_few(const AttentionForward& p, const HeadGroup& group, int64_t heads
   T* const scores = scratch.take<T>(heads * rows * score_stride);
   T* const factors = scratch.take<T>(state_rows<T>(rows));  // of nothing so far
   const auto head = [&](int64_t i) { return HeadGroup(p.shape, p.rule, group.number() + i); };
-  const auto lies = [&](const Strided& tensor, const void* first, int64_t i, int64_t j) {
-    return element(p.shape.dtype, first, i * tensor.stride[1] + (j - seen.begin) * tensor.stride[2]);
-  };
   const int64_t row_bytes = d * static_cast<int64_t>(element_size(p.shape.dtype));
+  const bool asks = 2 * HeadGroup::count(p.shape) * segment.count * row_bytes > kFewRowsCached;
   const int64_t steps_ahead = ceil_div(kFewRowsAhead, kTokensAtOnce * row_bytes);
-  // body(i, j, count, rows) for the tokens j .. j + count - 1 of head i, which lie at `rows`, while those that come next
-  // are asked for.
+  // body(i, j, count, rows) for the tokens j .. j + count - 1 of head i, which lie at `rows`.
   const auto for_tokens = [&](const Strided& tensor, const void* first, const auto& body) {
+    const auto at = [&](int64_t i, int64_t j) {
+      return element(p.shape.dtype, first, i * tensor.stride[1] + (j - seen.begin) * tensor.stride[2]);
+    };
     int64_t next_i = steps_ahead % heads, next_j = seen.begin + steps_ahead / heads * kTokensAtOnce;
     for (int64_t j = seen.begin; j < seen.end; j += kTokensAtOnce) {
       for (int64_t i = 0; i < heads; ++i) {
-        for (int64_t l = next_j; l < minimum(next_j + kTokensAtOnce, seen.end); ++l) {
-          const char* const row = static_cast<const char*>(lies(tensor, first, next_i, l));
-          for (int64_t at = 0; at < row_bytes; at += kLine) prefetch_to_second_cache(row + at);
+        for (int64_t l = next_j; asks && l < minimum(next_j + kTokensAtOnce, seen.end); ++l) {
+          const char* const row = static_cast<const char*>(at(next_i, l));
+          for (int64_t byte = 0; byte < row_bytes; byte += kLine) prefetch_to_second_cache(row + byte);
         }
         if (++next_i == heads) {
           next_i = 0;
           next_j += kTokensAtOnce;
         }
-        body(i, j, minimum(kTokensAtOnce, seen.end - j), lies(tensor, first, i, j));
+        body(i, j, minimum(kTokensAtOnce, seen.end - j), at(i, j));
       }
     }
   };
@@ -306,35 +339,25 @@ void merge_row(const AttentionForward& p, const HeadGroup& group, int64_t row, i
   store_results(p, group, {row, row + 1}, SoftmaxRows<T>(&highest, &total), sum);
 }
 
-// How many key heads a task takes: one where the tokens of a head lie together; else as many as leave enough tasks.
-int64_t heads_at_once(const AttentionForward& p, int64_t sets, int64_t rows) {
-  if (p.k.stride[1] > p.k.stride[2]) return 1;
-  const int64_t parts = ceil_div(kTasksOfThread * thread_count(), maximum<int64_t>(sets, 1));
-  return maximum<int64_t>(1, minimum(p.shape.kv_heads / parts, kFewRowsScores / (rows * kFewRowsKeys)));
-}
-
 template <class T>
 void forward_few(const AttentionForward& p) {
   const int64_t groups = HeadGroup::count(p.shape), rows = HeadGroup::rows(p.shape);
   const int64_t d_padded = padded<T>(p.shape.head_dim);
-  const Pieces prefix_chunks(p.shape.prefix, kFewRowsKeys, 1), key_chunks(p.shape.keys, kFewRowsKeys, 1);
-  const int64_t chunks = prefix_chunks.count + key_chunks.count;
+  const FewRowsPlan plan(p);
+  const int64_t chunks = plan.chunks();
   Scratch scratch;
   const SoftmaxRows<T> softmax(groups * chunks * state_rows<T>(rows), scratch);
   T* const sums = scratch.take<T>(groups * chunks * rows * d_padded);
   const auto of_group = [&](int64_t group) {
     return Partial<T>{softmax.from(group * chunks * state_rows<T>(rows)), sums + group * chunks * rows * d_padded};
   };
-  // A head's results do not depend on how many heads a task takes.
-  const int64_t kv_heads = p.shape.kv_heads, sets = p.shape.batch * chunks;
-  const Pieces heads(kv_heads, heads_at_once(p, sets, rows), 1);
-  parallel_for(sets * heads.count, [&](int64_t task) {
+  const Pieces heads(p.shape.kv_heads, plan.heads, 1);
+  parallel_for(p.shape.batch * chunks * heads.count, [&](int64_t task) {
     const int64_t batch = task / (chunks * heads.count), chunk = task / heads.count % chunks;
     const Range mine = heads[task % heads.count];
-    const bool prefix = chunk < prefix_chunks.count;
-    const int64_t first = batch * kv_heads + mine.begin;
-    attend_few<T>(p, HeadGroup(p.shape, p.rule, first), mine.size(), Segment(p, prefix),
-                  prefix ? prefix_chunks[chunk] : key_chunks[chunk - prefix_chunks.count], [&](int64_t i) {
+    const int64_t first = batch * p.shape.kv_heads + mine.begin;
+    attend_few<T>(p, HeadGroup(p.shape, p.rule, first), mine.size(), Segment(p, plan.is_prefix(chunk)),
+                  plan.chunk(chunk), [&](int64_t i) {
                     const Partial<T> all = of_group(first + i);
                     return Partial<T>{all.softmax.from(chunk * state_rows<T>(rows)), all.sum + chunk * rows * d_padded};
                   });
