@@ -493,19 +493,25 @@ void store_dq(const BackwardPlan<T>& plan, const HeadGroup& group, Range rows, c
       [&](int64_t row) { return group.offset(plan.p.dq.stride, row); });
 }
 
-template <class E, class T = SumOf<E>>
-void group_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_t chunk) {
+// All blocks of a chunk, each for all `groups` (a function of 0 .. count - 1).
+template <class E, class Groups, class T = SumOf<E>>
+void chunk_gradients(const BackwardPlan<T>& plan, int64_t count, const Groups& groups, int64_t chunk) {
   Scratch scratch;
   BackwardBuffers<E> buffers(plan.d, scratch);
-  if (plan.p.dq.data != nullptr) {
-    const int64_t size = plan.rows * plan.d_padded;
-    buffers.dq = plan.dq_chunks == nullptr ? scratch.take<T>(size) : plan.dq_chunk(group.number(), chunk);
-    fill(buffers.dq, 0, size, T{0});
+  const int64_t size = plan.rows * plan.d_padded;
+  const bool wanted = plan.p.dq.data != nullptr, own = wanted && plan.dq_chunks == nullptr;
+  T* const sums = own ? scratch.take<T>(count * size) : nullptr;
+  const auto dq = [&](int64_t i) {
+    return !wanted ? nullptr : own ? sums + i * size : plan.dq_chunk(groups(i).number(), chunk);
+  };
+  for (int64_t i = 0; wanted && i < count; ++i) fill(dq(i), 0, size, T{0});
+  for (int64_t block = plan.chunks[chunk].begin; block < minimum(plan.chunks[chunk].end, plan.blocks()); ++block) {
+    for (int64_t i = 0; i < count; ++i) {
+      buffers.dq = dq(i);
+      block_gradients(plan, groups(i), block, chunk, buffers);
+    }
   }
-  for (int64_t i = plan.chunks[chunk].begin; i < minimum(plan.chunks[chunk].end, plan.blocks()); ++i) {
-    block_gradients(plan, group, i, chunk, buffers);
-  }
-  if (buffers.dq != nullptr && plan.dq_chunks == nullptr) store_dq(plan, group, {0, plan.rows}, buffers.dq);
+  for (int64_t i = 0; own && i < count; ++i) store_dq(plan, groups(i), {0, plan.rows}, dq(i));
 }
 
 // dQ of the chunks, added in their order.
@@ -531,9 +537,12 @@ void backward_as(const AttentionBackward& p) {
     const HeadGroup group(p.shape, p.rule, task / plan.tiles.count);
     row_statistics<E>(plan, group, plan.tiles[task % plan.tiles.count]);
   });
-  parallel_for(plan.owners * plan.chunks.count, [&](int64_t task) {
+  const Pieces owners(plan.owners, plan.together, 1);
+  parallel_for(owners.count * plan.chunks.count, [&](int64_t task) {
+    const Range mine = owners[task / plan.chunks.count];
+    const int64_t chunk = task % plan.chunks.count;
     for (int64_t member = 0; member < plan.members(); ++member) {
-      group_gradients<E>(plan, plan.group(task / plan.chunks.count, member), task % plan.chunks.count);
+      chunk_gradients<E>(plan, mine.size(), [&](int64_t i) { return plan.group(mine.begin + i, member); }, chunk);
     }
   });
   if (plan.dq_chunks != nullptr) sum_dq_chunks(plan);
