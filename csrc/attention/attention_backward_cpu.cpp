@@ -38,6 +38,7 @@ struct BackwardBuffers {
   E *keys_transposed, *values_transposed;  // K^T, V^T: (D, keys) in panels
   E* keys;                                 // K: (keys, D) in panels
   T *dk, *dv;                              // (keys, padded D)
+  bool started;                            // whether they hold anything yet
   // Per tile.
   PackedRows<E> q, grad_out;
   T *scores, *dscores;    // (kScoreRows, kScoreStride): S;  dP, then Z * dP
@@ -376,22 +377,32 @@ void score_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const 
   });
 }
 
-// to (width, padded D) += scores^T B, scores (count, width) of row stride kScoreStride<E>, B (count, D) in panels.
+// to (width, padded D) (+)= scores^T B, scores (count, width) of row stride kScoreStride<E>, B (count, D) in panels.
 template <class E, class T = SumOf<E>>
 void add_transposed_product(int64_t width, int64_t d, int64_t count, const E* scores, const E* b,
-                            BackwardBuffers<E>& buffers, T* to) {
+                            BackwardBuffers<E>& buffers, T* to, Mode mode) {
   const int64_t d_padded = padded<T>(d);
   if constexpr (kIsPair<E>) {
     const int64_t depth = units<E>(count);
     pack_operand(DType::bf16, scores, 2 * kScoreStride<E>, 1, count, width, buffers.transposed);
     for (int64_t i = 0; i < width; i += kPanelColumns<E>) {
       const int64_t keys = minimum(kPanelColumns<E>, width - i);
-      gemm(keys, d, depth, buffers.transposed + i * depth, 1, padded<E>(keys), b, to + i * d_padded, d_padded,
-           Mode::accumulate);
+      gemm(keys, d, depth, buffers.transposed + i * depth, 1, padded<E>(keys), b, to + i * d_padded, d_padded, mode);
     }
   } else {
-    gemm(width, d, count, scores, 1, kScoreStride<E>, b, to, d_padded, Mode::accumulate);
+    gemm(width, d, count, scores, 1, kScoreStride<E>, b, to, d_padded, mode);
   }
+}
+
+// How a product goes into dK and dV of a block: the first of all need not find zeros there if it is for all keys.
+template <class E>
+Mode start_key_gradients(int64_t keys, int64_t d_padded, bool all_keys, BackwardBuffers<E>& buffers) {
+  if (buffers.started) return Mode::accumulate;
+  buffers.started = true;
+  if (all_keys) return Mode::overwrite;
+  fill(buffers.dk, 0, keys * d_padded, SumOf<E>{0});
+  fill(buffers.dv, 0, keys * d_padded, SumOf<E>{0});
+  return Mode::accumulate;
 }
 
 template <class E, class T = SumOf<E>>
@@ -407,14 +418,16 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
   load_tile(p, group, tile, buffers);
   score_products(plan, group, segment, block, count, first, end, buffers);
   score_gradients(plan, group, segment, chunk, block, tile, block.begin + first, width, buffers);
+  const Mode mode = start_key_gradients(block.size(), d_padded, width == block.size(), buffers);
   if (dv_wanted) {
     buffers.grad_out.pack(count, d);
     add_transposed_product(width, d, count, buffers.weights, buffers.grad_out.panels, buffers,
-                           buffers.dv + first * d_padded);
+                           buffers.dv + first * d_padded, mode);
   }
   if (dk_wanted) {
     buffers.q.pack(count, d);
-    add_transposed_product(width, d, count, buffers.dweights, buffers.q.panels, buffers, buffers.dk + first * d_padded);
+    add_transposed_product(width, d, count, buffers.dweights, buffers.q.panels, buffers, buffers.dk + first * d_padded,
+                           mode);
   }
   if (buffers.dq == nullptr) return;
   T* dq = buffers.dq + tile.begin * d_padded;
@@ -470,11 +483,11 @@ void block_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_
     pack_operand(p.shape.dtype, segment.key(group, block.begin), segment.k.stride[2], 1, block.size(), plan.d,
                  buffers.keys);
   }
-  fill(buffers.dk, 0, block.size() * plan.d_padded, T{0});
-  fill(buffers.dv, 0, block.size() * plan.d_padded, T{0});
+  buffers.started = false;
   for (int64_t t = 0; t < plan.tiles.count; ++t) {
     tile_gradients(plan, group, segment, chunk, block, plan.tiles[t], dk_wanted, dv_wanted, buffers);
   }
+  start_key_gradients(block.size(), plan.d_padded, false, buffers);  // where no row sees any
   if (dk_wanted) {
     store_key_gradient(plan, group, prefix, block, buffers.dk, scores_scale<E>(group), p.dk, p.dprefix_k,
                        plan.dprefix_k);

@@ -92,9 +92,10 @@ struct BackwardPlan {
     cut_chunks(scratch);
     few_rows = rows <= kFewRows;
     all_whole = blocks() == 1;
-    // Few rows: cheap, and one row weighs much. A bias that is the same for all keys: the sum of dS over them
+    // Few rows and a rounded `out`: one row weighs much. A bias that is the same for all keys: the sum of dS over them
     // all is a difference of equals.
-    exact_statistics = few_rows || (p.dbias != nullptr && p.bias_size[3] == 1) ||
+    const bool rounded = p.shape.dtype == DType::bf16 || p.shape.dtype == DType::f16;
+    exact_statistics = (few_rows && rounded) || (p.dbias != nullptr && p.bias_size[3] == 1) ||
                        (p.shape.prefix > 0 && p.shape.prefix + p.shape.keys <= kFewKeys);
     statistics = scratch.take<RowStatistics<T>>(all_whole ? 0 : groups * rows);
     if (p.dbias != nullptr) place_bias_sums(matrix, scratch);

@@ -25,8 +25,8 @@ constexpr int64_t kTaskRows = 480, kTaskElements = 32 << 10;
 constexpr int64_t kEnoughTasks = 8, kFewestTaskRows = 96;
 // Keys of a task where there are few rows: as many as leave kEnoughTasks, within these.
 constexpr int64_t kFewestFewRowsKeys = 128, kFewRowsKeys = 512;
-// Of one head so many tokens at once.
-constexpr int64_t kTokensAtOnce = 8;
+// Of one head so many tokens at once, and more where they are short: about so many bytes.
+constexpr int64_t kTokensAtOnce = 8, kBytesAtOnce = 2048;
 // Keys and values that are together larger than kFewRowsCached are asked for about so many bytes before they are read. (32
 // heads of 128, 4096 keys in bfloat16, 1 and 2 threads of a Xeon that reads 20 and 48 GB/s: where the tokens of a head lie
 // together 17 and 38 GB/s, without 12 and 31.)
@@ -280,24 +280,25 @@ void attend_few(const AttentionForward& p, const HeadGroup& group, int64_t heads
   const auto head = [&](int64_t i) { return HeadGroup(p.shape, p.rule, group.number() + i); };
   const int64_t row_bytes = d * static_cast<int64_t>(element_size(p.shape.dtype));
   const bool asks = 2 * HeadGroup::count(p.shape) * segment.count * row_bytes > kFewRowsCached;
-  const int64_t steps_ahead = ceil_div(kFewRowsAhead, kTokensAtOnce * row_bytes);
+  const int64_t tokens = maximum(kTokensAtOnce, kBytesAtOnce / row_bytes / kTokensAtOnce * kTokensAtOnce);
+  const int64_t steps_ahead = ceil_div(kFewRowsAhead, tokens * row_bytes);
   // body(i, j, count, rows) for the tokens j .. j + count - 1 of head i, which lie at `rows`.
   const auto for_tokens = [&](const Strided& tensor, const void* first, const auto& body) {
     const auto at = [&](int64_t i, int64_t j) {
       return element(p.shape.dtype, first, i * tensor.stride[1] + (j - seen.begin) * tensor.stride[2]);
     };
-    int64_t next_i = steps_ahead % heads, next_j = seen.begin + steps_ahead / heads * kTokensAtOnce;
-    for (int64_t j = seen.begin; j < seen.end; j += kTokensAtOnce) {
+    int64_t next_i = steps_ahead % heads, next_j = seen.begin + steps_ahead / heads * tokens;
+    for (int64_t j = seen.begin; j < seen.end; j += tokens) {
       for (int64_t i = 0; i < heads; ++i) {
-        for (int64_t l = next_j; asks && l < minimum(next_j + kTokensAtOnce, seen.end); ++l) {
+        for (int64_t l = next_j; asks && l < minimum(next_j + tokens, seen.end); ++l) {
           const char* const row = static_cast<const char*>(at(next_i, l));
           for (int64_t byte = 0; byte < row_bytes; byte += kLine) prefetch_to_second_cache(row + byte);
         }
         if (++next_i == heads) {
           next_i = 0;
-          next_j += kTokensAtOnce;
+          next_j += tokens;
         }
-        body(i, j, minimum(kTokensAtOnce, seen.end - j), at(i, j));
+        body(i, j, minimum(tokens, seen.end - j), at(i, j));
       }
     }
   };
