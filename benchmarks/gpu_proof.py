@@ -25,7 +25,7 @@ import torch
 
 from lwft_kernels import backend
 
-from . import gpu_checks, gpu_summary, machine, report, results
+from . import gpu_checks, gpu_paths, gpu_summary, machine, report, results
 from . import run as running
 
 USAGE = """
@@ -38,7 +38,8 @@ says at home. Then keep the result, which names card, versions, date, commit and
     cp -r DIR benchmarks/results/NAME          NAME as the last line says
 
 In DIR: summary.md to read, proof.json with every check, bench*.json for `lwft-bench plot`, tuning.json with the
-measured choices, log.txt with what the units printed. They are written anew after every part.
+measured choices, gpu_paths.json with the shapes on which the CUDA C++ kernels won (the rows that
+lwft_kernels/gpu_paths.json takes), log.txt with what the units printed. They are written anew after every part.
 """
 
 FAMILIES = (
@@ -324,6 +325,7 @@ class Proof:
         for name, whole in benches.items():
             if whole.rows:
                 whole.write_json(self._out / f"{name}.json")
+        _write(self._out / "gpu_paths.json", gpu_paths.table(environment, benches))
         tables = {path.name: json.loads(path.read_text()) for path in sorted((self._folder / "tuning").glob("*.json"))}
         if tables:
             _write(self._out / "tuning.json", tables)

@@ -19,6 +19,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from lwft_kernels import gpu_paths
+
 BACKENDS = ("auto", "native", "triton", "reference")
 
 _LIBRARY = Path(__file__).parent / "_C.so"
@@ -157,9 +159,12 @@ def has_cuda_kernel(name: str) -> bool:
     return hasattr(torch.ops.lwft_cuda, name)
 
 
-def by_triton(x: Tensor) -> bool:
-    """Whether a call on `x` that the fast kernels serve goes to Triton's; on the CPU only where a test asks for it."""
-    return _backend == "triton" if x.is_cpu else not cuda_unproven()
+def by_triton(op: str, x: Tensor) -> bool:
+    """Whether a call of `op` on `x` that the fast kernels serve goes to Triton's; on the CPU only where a test asks for
+    it, on a GPU unless the CUDA C++ kernels are asked for or measured to be faster."""
+    if x.is_cpu:
+        return _backend == "triton"
+    return not cuda_unproven() and (_backend == "triton" or not gpu_paths.to_cuda(op, x))
 
 
 def use_kernels(
@@ -177,7 +182,7 @@ def use_kernels(
     if _backend == "triton" or (reason is None and not x.is_cpu):
         if x.dtype == torch.float64:
             reason = reason or "on a GPU float64 goes to the reference: the fast kernels compute in float32"
-        if reason is None and triton_limit is not None and by_triton(x):
+        if reason is None and triton_limit is not None and by_triton(op, x):
             reason = triton_limit()
     if reason is None:
         record_fast(op)

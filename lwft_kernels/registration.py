@@ -68,6 +68,7 @@ def run_triton(name: str, *args: Any) -> Any:
 def register_triton(name: str, module: str) -> None:
     """Let the function `name` of `module` serve ``lwft::{name}`` on a GPU. It is imported at the first call."""
     found: list[Formula] = []
+    op = re.sub(r"_(forward_?|backward)$", "", name)
 
     def run(*args: Any) -> Any:
         if not found:
@@ -79,7 +80,7 @@ def register_triton(name: str, module: str) -> None:
             return found[0](*args)
 
     def on_gpu(*args: Any) -> Any:
-        if backend.cuda_unproven() and backend.has_cuda_kernel(name):
+        if not backend.by_triton(op, args[0]) and backend.has_cuda_kernel(name):
             try:
                 return getattr(torch.ops.lwft_cuda, name)(*args)
             except RuntimeError as error:
@@ -104,7 +105,7 @@ def run_backward(op: str, *args: Any) -> Any:
     # Autograd has something to say (that there is no second derivative) only when it is asked for one.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return backward_op(*args)
-    if backend.by_triton(args[0]):
+    if backend.by_triton(op, args[0]):
         return run_triton(f"{op}_backward", *args)
     with torch._C._AutoDispatchBelowAutograd():
         return backward_op(*args)
@@ -180,7 +181,7 @@ def register(
     torch.library.register_autograd(f"lwft::{op}_backward", _no_double_backward(op))
 
     def below_autograd(*args: Any) -> Any:
-        if backend.by_triton(args[0]):
+        if backend.by_triton(op, args[0]):
             return forward_by_triton(*args)
         # past the formula registered above, which would only find that no gradient is wanted
         with torch._C._AutoDispatchBelowAutograd():

@@ -230,7 +230,7 @@ if backend.library_error is None:
 
 
 def _write_rows(base_out: Tensor, *rest: Any) -> Tensor:
-    if backend.by_triton(base_out):
+    if backend.by_triton("lora_delta", base_out):
         by_triton: Tensor = run_triton("lora_delta_forward_", base_out, *rest)
         return by_triton
     with torch._C._AutoDispatchBelowAutograd():

@@ -139,7 +139,7 @@ def lora_linear(
     seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
     if backend.use_kernels(op, x, declined):
         # Triton's kernels read a plain weight
-        base = weight.unpack() if type(weight) is PackedWeight and backend.by_triton(x) else operand(weight)
+        base = weight.unpack() if type(weight) is PackedWeight and backend.by_triton(op, x) else operand(weight)
         out: Tensor = autograd.lora_linear(x, base, bias, lora_a, lora_b, index, seed, scale, dropout_p)
         return out
     rows = x.reshape(-1, d_in)

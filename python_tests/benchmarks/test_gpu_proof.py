@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lwft_bench import gpu_proof, results
+from lwft_bench import gpu_paths, gpu_proof, results
 
 SMOKE = ["--device", "cpu", "--smoke", "--families", "add_layer_norm"]
 
@@ -20,7 +20,7 @@ def test_end_to_end(tmp_path, capsys):
     assert status == 0, log
     assert "0 faults; keep with: cp -r" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "summary.md", "proof.json", "bench.json", "log.txt",
+        "summary.md", "proof.json", "bench.json", "gpu_paths.json", "log.txt",
     }  # fmt: skip
     proof = json.loads((tmp_path / "out" / "proof.json").read_text())
     assert all(outcome["status"] == "done" for outcomes in proof["parts"].values() for outcome in outcomes)
@@ -158,3 +158,30 @@ def test_without_a_sanitizer_its_part_is_skipped_with_the_reason(tmp_path, monke
     assert len(statuses) == 4 and all("no compute-sanitizer" in status for status in statuses)
     assert proof.faults() == 0
     assert "no compute-sanitizer" in (tmp_path / "out" / "summary.md").read_text()
+
+
+def row(op, case, mode, seconds, declined=(), **sizes):
+    ours = results.Result(results.TIMED, median=seconds)
+    return results.Row(
+        op, case, sizes, None, "bfloat16", mode, 1, 1.0, 1.0, 1.0, 1.0, "", declined, results={"ours": ours}
+    )
+
+
+def test_a_place_is_the_cuda_kernels_only_where_they_won_every_row():
+    shapes = {
+        "won": [(1.0, 2.0, ()), (2.0, 3.0, ())],
+        "lost in one": [(1.0, 2.0, ()), (4.0, 3.0, ())],
+        "not timed in one": [(1.0, 2.0, ()), (None, 3.0, ())],
+        "declined in one": [(1.0, 2.0, ()), (1.0, 3.0, ("too wide",))],
+    }
+    ours, theirs = [], []
+    for width, (case, timed) in enumerate(shapes.items(), 1):
+        for mode, (cuda, triton, declined) in zip(("fwd", "fwdbwd"), timed, strict=True):
+            ours.append(row("adapter", case, mode, cuda, declined, T=8191, d=width))
+            theirs.append(row("adapter", case, mode, triton, T=8191, d=width))
+    ours.append(row("attention", "no rival", "fwd", 1.0, B=2, H=3, S=5, D=64))
+    environment = {"GPU": "card", "date": "2026-11-25T19", "commit": "abc"}
+    benches = {"bench": results.Report("", 0, {}, theirs, 8), "cuda_bench": results.Report("", 0, {}, ours, 9)}
+    found = gpu_paths.table(environment, benches)
+    assert found["measured"] == [{"card": "card", "op": "adapter", "dtype": "bfloat16", "width": 1, "rows": 8192}]
+    assert gpu_paths.table(environment, {"bench": benches["bench"]}) == {"note": "Not measured.", "measured": []}
