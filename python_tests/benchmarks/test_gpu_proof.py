@@ -163,7 +163,7 @@ def test_without_a_sanitizer_its_part_is_skipped_with_the_reason(tmp_path, monke
 def row(op, case, mode, seconds, declined=(), **sizes):
     ours = results.Result(results.TIMED, median=seconds)
     return results.Row(
-        op, case, sizes, None, "bfloat16", mode, 1, 1.0, 1.0, 1.0, 1.0, "", declined, results={"ours": ours}
+        op, case, sizes, None, "bfloat16", mode, 1, 1.0, 1.0, 1.0, 1.0, "", declined, results={results.OURS: ours}
     )
 
 
