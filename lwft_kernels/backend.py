@@ -33,8 +33,9 @@ class Counts(TypedDict):
     declined: dict[str, int]
 
 
-_fast: Counter[str] = Counter()
-_small: Counter[str] = Counter()  # declined for being small: apart, since counting by reason takes longer
+# By op. An eager call on the CPU counts itself here, where a function's own call would be felt.
+fast_calls: Counter[str] = Counter()
+small_calls: Counter[str] = Counter()  # declined as `SMALL`
 _declined: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
 
@@ -230,20 +231,10 @@ def wants_gradient(*arguments: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in arguments)
 
 
-def count_small(op: str) -> None:
-    """Count one call of `op` that was left to PyTorch for being small."""
-    _small[op] += 1
-
-
-def count_fast(op: str) -> None:
-    """As `record_fast`, for an eager call."""
-    _fast[op] += 1
-
-
 def record_fast(op: str) -> None:
     """Count one call of `op` that a fast path serves. Not counted while torch.compile traces."""
     if not is_compiling():
-        _fast[op] += 1
+        fast_calls[op] += 1
 
 
 def record_decline(op: str, reason: str) -> None:
@@ -255,29 +246,29 @@ def record_decline(op: str, reason: str) -> None:
 def stats() -> dict[str, Counts]:
     """Calls since the start or `reset_stats`, by op: ``{"fast": count, "declined": {reason: count}}``."""
     declined = {op: dict(reasons) for op, reasons in _declined.items()}
-    for op, count in _small.items():
+    for op, count in small_calls.items():
         declined.setdefault(op, {})[SMALL] = count
-    return {op: {"fast": _fast[op], "declined": declined.get(op, {})} for op in sorted({*_fast, *declined})}
+    return {op: {"fast": fast_calls[op], "declined": declined.get(op, {})} for op in sorted({*fast_calls, *declined})}
 
 
 def reset_stats() -> None:
     """Set every count of `stats` to zero."""
-    _fast.clear()
-    _small.clear()
+    fast_calls.clear()
+    small_calls.clear()
     _declined.clear()
 
 
 @contextmanager
 def not_counted() -> Iterator[None]:
     """Calls inside leave the counts of `stats` as they were: those of a self-test are not the user's."""
-    fast, small = Counter(_fast), Counter(_small)
+    fast, small = Counter(fast_calls), Counter(small_calls)
     declined = {op: Counter(reasons) for op, reasons in _declined.items()}
     try:
         yield
     finally:
         reset_stats()
-        _fast.update(fast)
-        _small.update(small)
+        fast_calls.update(fast)
+        small_calls.update(small)
         _declined.update(declined)
 
 

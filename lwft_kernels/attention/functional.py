@@ -218,7 +218,7 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
         if any_layout or out.stride(1) == head_dim:
-            backend.count_small(_OP)
+            backend.small_calls[_OP] += 1
             return out
     except (RuntimeError, TypeError, AttributeError, IndexError, ValueError):
         pass  # the checks that follow say which argument it was
