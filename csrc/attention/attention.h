@@ -33,9 +33,10 @@ struct AttentionRule {
   int64_t window;
   Strided bias;  // (B, H, S, L) of bias_dtype or null; added after softcap
   DType bias_dtype;
-  Strided mask;            // (B, H, S, L) bool, nonzero = may attend, or null
-  const int64_t* lengths;  // (B) number of valid keys, or null; prefix keys are always valid
-  Dropout dropout;         // row = (b * H + h) * S + i, col = j over prefix, then keys
+  Strided mask;                // (B, H, S, L) bool, nonzero = may attend, or null
+  const int64_t* lengths;      // (B) number of valid keys, or null; prefix keys are always valid
+  Dropout dropout;             // row = (b * H + h) * S + i, col = j over prefix, then keys
+  const int64_t* device_seed;  // CUDA: (seed, offset) in device memory, to stand for those of dropout; null on the CPU
 };
 
 struct AttentionForward {

@@ -74,6 +74,12 @@ LWFT_DEVICE void copy_wait() {
 LWFT_DEVICE void block_barrier() { __syncthreads(); }
 LWFT_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
+LWFT_DEVICE float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 LWFT_DEVICE float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 LWFT_DEVICE float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 template <class T>
