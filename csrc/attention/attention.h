@@ -64,7 +64,12 @@ struct AttentionBackward {
   void* dprefix_k;       // contiguous (prefix_batch, Hkv, P, D): summed over the batch when shared
   void* dprefix_v;
   int64_t prefix_batch;  // B or 1
+  void* workspace;       // CUDA: attention_backward_workspace(p) floats in device memory
 };
+
+const char* attention_cuda_declines(const AttentionBackward&);
+int attention_backward_cuda(const AttentionBackward&, void* stream);
+int64_t attention_backward_workspace(const AttentionBackward&);
 
 // One level of the CPU kernels (common/cpu/dispatch.h).
 struct AttentionKernels {
