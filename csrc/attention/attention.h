@@ -67,7 +67,9 @@ struct AttentionBackward {
   void* workspace;       // CUDA: attention_backward_workspace(p) floats in device memory
 };
 
+// The CUDA kernels; their pointers are the device's. Why they cannot serve this call, or null.
 const char* attention_cuda_declines(const AttentionBackward&);
+// Enqueues them on a cudaStream_t and returns a cudaError_t.
 int attention_backward_cuda(const AttentionBackward&, void* stream);
 int64_t attention_backward_workspace(const AttentionBackward&);
 

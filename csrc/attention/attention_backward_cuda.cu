@@ -34,7 +34,7 @@ attention_statistics_kernel(AttentionBackward p, AttentionBackwardPlan plan) {
   float total = 0.0f;
   if (inside && lane * 8 < s.head_dim) {
     const int64_t batch = row / s.queries / s.heads, head = row / s.queries % s.heads, query = row % s.queries;
-    const auto load_part = [&](const Strided& tensor, float(&to)[8]) {
+    const auto load_part = [&](const Strided& tensor, float (&to)[8]) {
       const int64_t at = batch * tensor.stride[0] + head * tensor.stride[1] + query * tensor.stride[2];
       load(static_cast<const T*>(tensor.data) + at + lane * 8, to);
     };
@@ -117,8 +117,7 @@ AttentionBackwardPlan::AttentionBackwardPlan(const AttentionBackward& p) : float
   delta = take(true, rows);
 
   const bool shared = p.prefix_batch == 1;
-  const int64_t step = s.head_dim <= 64 ? kStep<64> : kStep<128>;
-  const int64_t turns = (shared ? s.batch : 1) * ((group_rows + step - 1) / step);
+  const int64_t turns = (shared ? s.batch : 1) * ((group_rows + kStep - 1) / kStep);
   prefix_parts = s.batch == 0 ? 0 : parts_of(p.prefix_batch * s.kv_heads * prefix_tiles, turns);
   dprefix_k = take(p.dprefix_k != nullptr, prefix_parts * prefix_elements(p));
   dprefix_v = take(p.dprefix_v != nullptr, prefix_parts * prefix_elements(p));

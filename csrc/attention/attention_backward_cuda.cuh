@@ -17,10 +17,9 @@ namespace lwft::cuda {
 constexpr int kWarps = 4, kThreads = kWarps * kWarpLanes;
 constexpr int kTile = 16 * kWarps;  // rows, or keys, that a block owns: 16 (one mma tile) per warp
 static_assert(kTile == kPhiloxColumns);
-// What it walks over at a time. With wide heads the sums a lane holds take the registers that a longer step would need,
-// and two stages of it must fit the 99 KiB of shared memory that the smaller cards have.
-template <int D>
-constexpr int kStep = D <= 64 ? 64 : 32;
+// What it walks over at a time: the sums that a lane holds take the registers that a longer step would need, and two stages
+// of it must fit the 99 KiB of shared memory that the smaller cards have.
+constexpr int kStep = 32;
 
 // From the shape alone and not by card, so that sums have one order everywhere: two blocks for each multiprocessor of an
 // H200.
@@ -64,7 +63,12 @@ LWFT_DEVICE RowState row_state(const AttentionBackward& p, const AttentionBackwa
                                int row) {
   const int existing = minimum(row, group.rows - 1);
   const KeyRange seen = group.visible(existing);
-  RowState state{INFINITY, 0.0f, 0.0f, seen.begin, seen.end, group.offset(p.rule.bias.stride, existing),
+  RowState state{INFINITY,
+                 0.0f,
+                 0.0f,
+                 seen.begin,
+                 seen.end,
+                 group.offset(p.rule.bias.stride, existing),
                  group.offset(p.rule.mask.stride, existing)};
   if (row == existing) {
     const int64_t index = group.index(row);
@@ -209,7 +213,7 @@ LWFT_DEVICE bool kept(const uint8_t* keep, int row, int column) {
 }
 
 template <int D>
-constexpr int kOwnedElements = kTile*(D + kPad);  // of a tile that a block owns
+constexpr int kOwnedElements = kTile * (D + kPad);  // of a tile that a block owns
 
 // One row of kInstances in the kernels' files.
 template <class Instance>

@@ -74,9 +74,9 @@ LWFT_DEVICE void add_tile(const AttentionBackward& p, const AttentionBackwardPla
   multiply_tiles<T, D, kTile>(q, keys, products, grad_out, values, dweights);
   for_elements<kTile>([&](int r, int column, int n, int e) {
     const bool is_kept = !dropout.active() || kept(keep, r, column);
-    sums[n][e] += gradients_of<T>(p, plan, states[e / 2], tile, tile.start + column, products[n][e], dweights[n][e],
-                                  is_kept)
-                      .dscore;
+    sums[n][e] +=
+        gradients_of<T>(p, plan, states[e / 2], tile, tile.start + column, products[n][e], dweights[n][e], is_kept)
+            .dscore;
   });
 }
 

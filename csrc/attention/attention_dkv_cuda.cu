@@ -9,21 +9,20 @@ namespace {
 
 // Shared memory: K and V; stages of Q, dO, the rows' state and what dropout keeps of them.
 template <int D>
-constexpr int kStageTile = kStep<D>*(D + kPad);
+constexpr int kStageTile = kStep * (D + kPad);
 template <int D>
 constexpr int kStageElements =
-    2 * kStageTile<D> + kStep<D> * (static_cast<int>(sizeof(RowState)) + kKeepBytes) / static_cast<int>(sizeof(uint16_t));
+    2 * kStageTile<D> + kStep * (static_cast<int>(sizeof(RowState)) + kKeepBytes) / static_cast<int>(sizeof(uint16_t));
 static_assert(kStageElements<64> % 8 == 0 && kStageElements<128> % 8 == 0);
 template <int D>
 constexpr size_t kSharedBytes = (2 * kOwnedElements<D> + kStages * kStageElements<D>)*sizeof(uint16_t);
 
 // The keys that a block owns, and the tiles of rows whose gradients it sums, in the order (batch, tile).
-template <int Rows>
 struct OwnedKeys {
   bool prefix;
   int64_t batch, kv_head, part;
   int first, count;      // keys; those of the tensor
-  int first_row, steps;  // tiles of Rows rows in each group
+  int first_row, steps;  // tiles of kStep rows in each group
   int begin, end;        // of the tiles of all batches
 
   LWFT_DEVICE OwnedKeys(const AttentionBackward& p, const AttentionBackwardPlan& plan, bool prefix_in)
@@ -51,8 +50,8 @@ struct OwnedKeys {
       }
       if (last < maximum(first, 0)) end_query = 0;
     }
-    first_row = first_query * group.group_size / Rows * Rows;
-    steps = end_query > first_query ? (end_query * group.group_size - first_row + Rows - 1) / Rows : 0;
+    first_row = first_query * group.group_size / kStep * kStep;
+    steps = end_query > first_query ? (end_query * group.group_size - first_row + kStep - 1) / kStep : 0;
     const int64_t all = (prefix && p.prefix_batch == 1 ? p.shape.batch : 1) * steps;
     const int64_t each = prefix ? (all + plan.prefix_parts - 1) / plan.prefix_parts : all;
     begin = static_cast<int>(part * each < all ? part * each : all);
@@ -63,11 +62,11 @@ struct OwnedKeys {
     const int64_t of_batch = batch + (turn == 0 ? 0 : turn / steps);
     return HeadGroup(p.shape, p.rule, of_batch * p.shape.kv_heads + kv_head);
   }
-  LWFT_DEVICE int row_at(int turn) const { return first_row + turn % steps * Rows; }
+  LWFT_DEVICE int row_at(int turn) const { return first_row + turn % steps * kStep; }
 
   LWFT_DEVICE KeyTile tile(const AttentionBackward& p, const HeadGroup& group, int row) const {
     if (prefix) return {true, first + kTile > count, first, count, first};
-    const KeyRange top = group.visible(row), bottom = group.visible(minimum(row + Rows, group.rows) - 1);
+    const KeyRange top = group.visible(row), bottom = group.visible(minimum(row + kStep, group.rows) - 1);
     return {false, first < bottom.begin || first + kTile > top.end, first, group.key_end,
             static_cast<int>(p.shape.prefix) + first};
   }
@@ -76,12 +75,11 @@ struct OwnedKeys {
 template <class T, int D>
 LWFT_KERNEL(kThreads)
 attention_dkv_kernel(AttentionBackward p, AttentionBackwardPlan plan, bool prefix) {
-  constexpr int kRows = kStep<D>;
   T* const keys = reinterpret_cast<T*>(shared_memory());
   T* const values = keys + kOwnedElements<D>;
   T* const stages = values + kOwnedElements<D>;
   const Dropout dropout = device_dropout(p.rule.dropout, p.rule.device_seed);
-  const OwnedKeys<kRows> owned(p, plan, prefix);
+  const OwnedKeys owned(p, plan, prefix);
   const bool dk_wanted = prefix ? p.dprefix_k != nullptr : p.dk.data != nullptr;
   const bool dv_wanted = prefix ? p.dprefix_v != nullptr : p.dv.data != nullptr;
 
@@ -89,31 +87,31 @@ attention_dkv_kernel(AttentionBackward p, AttentionBackwardPlan plan, bool prefi
   const auto load = [&](int i, T* stage) {
     const HeadGroup group = owned.group_at(p, owned.begin + i);
     const int row = owned.row_at(owned.begin + i);
-    copy_queries<kThreads, kRows, D>(stage, group, p.q, row);
-    copy_queries<kThreads, kRows, D>(stage + kStageTile<D>, group, p.grad_out, row);
+    copy_queries<kThreads, kStep, D>(stage, group, p.q, row);
+    copy_queries<kThreads, kStep, D>(stage + kStageTile<D>, group, p.grad_out, row);
     RowState* const states = reinterpret_cast<RowState*>(stage + 2 * kStageTile<D>);
-    for (int r = thread_index(); r < kRows; r += kThreads) states[r] = row_state(p, plan, group, row + r);
+    for (int r = thread_index(); r < kStep; r += kThreads) states[r] = row_state(p, plan, group, row + r);
     if (dropout.active()) {
       const int column = owned.first + (prefix ? 0 : static_cast<int>(p.shape.prefix));
-      draw_block<kRows>(group, dropout, row, column, reinterpret_cast<uint8_t*>(states + kRows));
+      draw_block<kStep>(group, dropout, row, column, reinterpret_cast<uint8_t*>(states + kStep));
     }
   };
   const auto use = [&](int i, const T* stage) {
     const T* const grad_out = stage + kStageTile<D>;
     const RowState* const states = reinterpret_cast<const RowState*>(stage + 2 * kStageTile<D>);
-    const uint8_t* const keep = reinterpret_cast<const uint8_t*>(states + kRows);
+    const uint8_t* const keep = reinterpret_cast<const uint8_t*>(states + kStep);
     const KeyTile tile = owned.tile(p, owned.group_at(p, owned.begin + i), owned.row_at(owned.begin + i));
-    float products[kRows / 8][4] = {}, dweights[kRows / 8][4] = {};
-    multiply_tiles<T, D, kRows>(keys, stage, products, values, grad_out, dweights);
-    for_elements<kRows>([&](int key, int r, int n, int e) {
+    float products[kStep / 8][4] = {}, dweights[kStep / 8][4] = {};
+    multiply_tiles<T, D, kStep>(keys, stage, products, values, grad_out, dweights);
+    for_elements<kStep>([&](int key, int r, int n, int e) {
       const bool is_kept = !dropout.active() || kept(keep, r, key);
       const Gradients gradients =
           gradients_of<T>(p, plan, states[r], tile, tile.start + key, products[n][e], dweights[n][e], is_kept);
       products[n][e] = gradients.dropped;
       dweights[n][e] = gradients.dproduct;
     });
-    if (dv_wanted) multiply_by_tile<T, D, kRows>(products, grad_out, dv);
-    if (dk_wanted) multiply_by_tile<T, D, kRows>(dweights, stage, dk);
+    if (dv_wanted) multiply_by_tile<T, D, kStep>(products, grad_out, dv);
+    if (dk_wanted) multiply_by_tile<T, D, kStep>(dweights, stage, dk);
   };
   if (owned.begin < owned.end) {
     const HeadGroup group = owned.group_at(p, 0);
@@ -125,7 +123,7 @@ attention_dkv_kernel(AttentionBackward p, AttentionBackwardPlan plan, bool prefi
   }
 
   if (!prefix) {
-    const auto store = [&](const StridedOut& out, const float(&acc)[D / 8][4], float factor) {
+    const auto store = [&](const StridedOut& out, const float (&acc)[D / 8][4], float factor) {
       T* const to = static_cast<T*>(out.data) + owned.batch * out.stride[0] + owned.kv_head * out.stride[1];
       store_rows<T, D>(acc, factor, p.shape.head_dim, [&](int r) {
         const int key = owned.first + r;

@@ -7,7 +7,7 @@ namespace {
 
 // Shared memory: Q and dO; stages of K and V; what dropout keeps, of two groups of 64 columns.
 template <int D>
-constexpr int kStageElements = 2 * kStep<D> * (D + kPad);
+constexpr int kStageElements = 2 * kStep * (D + kPad);
 template <int D>
 constexpr size_t kSharedBytes =
     (2 * kOwnedElements<D> + kStages * kStageElements<D>)*sizeof(uint16_t) + 2 * kTile * kKeepBytes;
@@ -28,14 +28,13 @@ LWFT_DEVICE OwnedRows rows_of_block(const AttentionBackward& p, const AttentionB
 // and of the keys that any of the rows sees; keep is null without dropout.
 template <class T, int D, class Use>
 LWFT_DEVICE void for_key_tiles(const AttentionBackward& p, const OwnedRows& rows, const Use& use) {
-  constexpr int kKeys = kStep<D>;
   T* const q = reinterpret_cast<T*>(shared_memory());
   T* const grad_out = q + kOwnedElements<D>;
   T* const stages = grad_out + kOwnedElements<D>;
   uint8_t* const keep = reinterpret_cast<uint8_t*>(stages + kStages * kStageElements<D>);
   const Dropout dropout = device_dropout(p.rule.dropout, p.rule.device_seed);
   const HeadGroup& group = rows.group;
-  const KeyTiles<kKeys> tiles(group, rows.first, minimum(rows.first + kTile, group.rows) - 1);
+  const KeyTiles<kStep> tiles(group, rows.first, minimum(rows.first + kTile, group.rows) - 1);
   if (tiles.count == 0) return;
 
   // Groups of 64 columns of the random stream, numbered as they are met: two neighbouring tiles never need three.
@@ -51,15 +50,15 @@ LWFT_DEVICE void for_key_tiles(const AttentionBackward& p, const OwnedRows& rows
   const auto load = [&](int i, T* stage) {
     const KeyTile tile = tiles[i];
     const KeyHead<T> head(p, group, tile.prefix);
-    copy_keys<kThreads, kKeys, D>(stage, group, tile, head.k, head.k_stride);
-    copy_keys<kThreads, kKeys, D>(stage + kKeys * (D + kPad), group, tile, head.v, head.v_stride);
+    copy_keys<kThreads, kStep, D>(stage, group, tile, head.k, head.k_stride);
+    copy_keys<kThreads, kStep, D>(stage + kStep * (D + kPad), group, tile, head.v, head.v_stride);
     if (dropout.active() && (i == 0 || number_of(i) != number_of(i - 1))) {
       draw_block<kTile>(group, dropout, rows.first, tile.first_column, keep_of(i));
     }
   };
   for_chunks(tiles.count, stages, kStageElements<D>, load, [&](int i, const T* stage) {
-    float products[kKeys / 8][4] = {}, dweights[kKeys / 8][4] = {};
-    multiply_tiles<T, D, kKeys>(q, stage, products, grad_out, stage + kKeys * (D + kPad), dweights);
+    float products[kStep / 8][4] = {}, dweights[kStep / 8][4] = {};
+    multiply_tiles<T, D, kStep>(q, stage, products, grad_out, stage + kStep * (D + kPad), dweights);
     use(tiles[i], products, dweights, dropout.active() ? keep_of(i) : nullptr, stage);
   });
 }
@@ -93,30 +92,32 @@ attention_exact_kernel(AttentionBackward p, AttentionBackwardPlan plan) {
     states[half] = row_state(p, plan, rows.group, rows.first + warp * 16 + lane / 4 + half * 8);
   }
   float highest[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, products[2] = {0.0f, 0.0f};
-  for_key_tiles<T, D>(p, rows, [&](const KeyTile& tile, float(&x)[kStep<D> / 8][4], float(&dweights)[kStep<D> / 8][4],
-                                   const uint8_t* keep, const T*) {
-    float most[2] = {highest[0], highest[1]};
-    for_elements<kStep<D>>([&](int r, int column, int n, int e) {
-      float slope;
-      x[n][e] = score_of<T>(p, plan, states[e / 2], tile, tile.start + column, x[n][e], slope);
-      dweights[n][e] = is_kept(keep, tile, r, column) ? dweights[n][e] * plan.keep_scale : 0.0f;
-      most[e / 2] = fmaxf(most[e / 2], x[n][e]);
-    });
+  for_key_tiles<T, D>(
+      p, rows,
+      [&](const KeyTile& tile, float (&x)[kStep / 8][4], float (&dweights)[kStep / 8][4], const uint8_t* keep,
+          const T*) {
+        float most[2] = {highest[0], highest[1]};
+        for_elements<kStep>([&](int r, int column, int n, int e) {
+          float slope;
+          x[n][e] = score_of<T>(p, plan, states[e / 2], tile, tile.start + column, x[n][e], slope);
+          dweights[n][e] = is_kept(keep, tile, r, column) ? dweights[n][e] * plan.keep_scale : 0.0f;
+          most[e / 2] = fmaxf(most[e / 2], x[n][e]);
+        });
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // over the 4 lanes that hold a row
-      most[half] = fmaxf(most[half], shuffle_xor(most[half], 1));
-      most[half] = fmaxf(most[half], shuffle_xor(most[half], 2));
-      const float factor = highest[half] == -INFINITY ? 0.0f : exp2_fast((highest[half] - most[half]) * kLog2e);
-      highest[half] = most[half];
-      total[half] *= factor;
-      products[half] *= factor;
-    }
-    for_elements<kStep<D>>([&](int, int, int n, int e) {
-      const float weight = x[n][e] == -INFINITY ? 0.0f : exp2_fast((x[n][e] - highest[e / 2]) * kLog2e);
-      total[e / 2] += weight;
-      products[e / 2] += weight * dweights[n][e];
-    });
-  });
+        for (int half = 0; half < 2; ++half) {  // over the 4 lanes that hold a row
+          most[half] = fmaxf(most[half], shuffle_xor(most[half], 1));
+          most[half] = fmaxf(most[half], shuffle_xor(most[half], 2));
+          const float factor = highest[half] == -INFINITY ? 0.0f : exp2_fast((highest[half] - most[half]) * kLog2e);
+          highest[half] = most[half];
+          total[half] *= factor;
+          products[half] *= factor;
+        }
+        for_elements<kStep>([&](int, int, int n, int e) {
+          const float weight = x[n][e] == -INFINITY ? 0.0f : exp2_fast((x[n][e] - highest[e / 2]) * kLog2e);
+          total[e / 2] += weight;
+          products[e / 2] += weight * dweights[n][e];
+        });
+      });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -146,15 +147,16 @@ attention_dq_kernel(AttentionBackward p, AttentionBackwardPlan plan) {
     states[half] = row_state(p, plan, rows.group, rows.first + warp * 16 + lane / 4 + half * 8);
   }
   float dq[D / 8][4] = {};
-  for_key_tiles<T, D>(p, rows, [&](const KeyTile& tile, float(&x)[kStep<D> / 8][4], float(&dweights)[kStep<D> / 8][4],
-                                   const uint8_t* keep, const T* keys) {
-    for_elements<kStep<D>>([&](int r, int column, int n, int e) {
-      x[n][e] = gradients_of<T>(p, plan, states[e / 2], tile, tile.start + column, x[n][e], dweights[n][e],
-                                is_kept(keep, tile, r, column))
-                    .dproduct;
-    });
-    multiply_by_tile<T, D, kStep<D>>(x, keys, dq);
-  });
+  for_key_tiles<T, D>(p, rows,
+                      [&](const KeyTile& tile, float (&x)[kStep / 8][4], float (&dweights)[kStep / 8][4],
+                          const uint8_t* keep, const T* keys) {
+                        for_elements<kStep>([&](int r, int column, int n, int e) {
+                          x[n][e] = gradients_of<T>(p, plan, states[e / 2], tile, tile.start + column, x[n][e],
+                                                    dweights[n][e], is_kept(keep, tile, r, column))
+                                        .dproduct;
+                        });
+                        multiply_by_tile<T, D, kStep>(x, keys, dq);
+                      });
   store_rows<T, D>(dq, plan.scale, p.shape.head_dim, [&](int r) {
     const int row = rows.first + r;
     return row < rows.group.rows ? static_cast<T*>(p.dq.data) + rows.group.offset(p.dq.stride, row) : nullptr;
