@@ -48,6 +48,7 @@ struct AttentionForward {
   StridedOut out;              // (B, H, S, D)
   // (B, H, S) contiguous, accumulate dtype; natural logarithm; -inf where nothing may be seen
   void* lse;
+  void* workspace;  // CUDA: attention_forward_workspace(p) floats in device memory
 };
 
 struct AttentionBackward {
@@ -67,10 +68,14 @@ struct AttentionBackward {
   void* workspace;       // CUDA: attention_backward_workspace(p) floats in device memory
 };
 
-// The CUDA kernels; their pointers are the device's. Why they cannot serve this call, or null.
+// The CUDA kernels (attention_cuda.cu, attention_decode_cuda.cu; attention_backward_cuda.cu and those of its parts); their
+// pointers are the device's. Why they cannot serve this call, or null.
+const char* attention_cuda_declines(const AttentionForward&);
 const char* attention_cuda_declines(const AttentionBackward&);
-// Enqueues them on a cudaStream_t and returns a cudaError_t.
+// Enqueue them on a cudaStream_t and return a cudaError_t.
+int attention_forward_cuda(const AttentionForward&, void* stream);
 int attention_backward_cuda(const AttentionBackward&, void* stream);
+int64_t attention_forward_workspace(const AttentionForward&);
 int64_t attention_backward_workspace(const AttentionBackward&);
 
 // One level of the CPU kernels (common/cpu/dispatch.h).

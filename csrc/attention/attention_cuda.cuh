@@ -311,7 +311,8 @@ const char* inputs_decline(const P& p) {
   constexpr int64_t kMost = int64_t{1} << 29;
   if (s.dtype != DType::bf16 && s.dtype != DType::f16) return "q, k and v must be bfloat16 or float16";
   if (s.head_dim % 8 != 0 || s.head_dim > 256) return "the head size must be a multiple of 8 and at most 256";
-  if (s.heads * s.queries > kMost || s.keys > kMost || s.prefix > kMost) return "there are too many queries or keys";
+  if (s.batch * s.heads * s.queries > kMost || s.keys > kMost || s.prefix > kMost)
+    return "there are too many queries or keys";
   if (!rows_aligned(p.q) || !rows_aligned(p.k) || !rows_aligned(p.v) || !rows_aligned(p.prefix_k) ||
       !rows_aligned(p.prefix_v)) {
     return "the rows of q, k, v and the prefix must start at multiples of 16 bytes";

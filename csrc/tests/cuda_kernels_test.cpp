@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "adapter/adapter.h"
+#include "attention/attention.h"
 #include "common/cpu/dispatch.h"
 #include "common/cuda/row.cuh"
 #include "norm/norm.h"
@@ -216,6 +217,57 @@ void test_adapter(int64_t tokens, int64_t d, int64_t m, bool norm) {
       [&] { return run(cpu_level(0).adapter->forward, cpu_level(0).adapter->backward); });
 }
 
+// Everything the rule has, or nothing of it.
+template <class T>
+void test_attention(int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys, int64_t d, bool everything) {
+  const int64_t batch = 2, prefix = everything ? 5 : 0;
+  const auto q = random<T>(batch * heads * queries * d, 1), k = random<T>(batch * kv_heads * keys * d, 2);
+  const auto v = random<T>(batch * kv_heads * keys * d, 3), bias = random<T>(heads * queries * keys, 4);
+  const auto prefix_k = random<T>(kv_heads * prefix * d, 5), prefix_v = random<T>(kv_heads * prefix * d, 6);
+  std::vector<uint8_t> mask(queries * keys);
+  for (size_t i = 0; i < mask.size(); ++i) mask[i] = i % 5 != 0;
+  const std::vector<int64_t> lengths{keys - 1, keys / 2};
+  const auto run = [&](auto&& forward) {
+    Results<T> results{std::vector<T>(batch * heads * queries * d)};
+    std::vector<float> lse(batch * heads * queries);
+    AttentionForward p{};
+    p.shape = {batch, heads, kv_heads, queries, keys, prefix, d, kType<T>};
+    p.rule.scale = 0.5;
+    p.rule.bias_dtype = kType<T>;
+    if (everything) {
+      p.rule.softcap = 2.0;
+      p.rule.causal = true;
+      p.rule.window = keys - 2;
+      p.rule.bias = {bias.data(), {0, queries * keys, keys, 1}};
+      p.rule.mask = {mask.data(), {0, 0, keys, 1}};
+      p.rule.lengths = lengths.data();
+      p.rule.dropout = make_dropout(1, 2, 0.25);
+      p.prefix_k = {prefix_k.data(), {0, prefix * d, d, 1}};
+      p.prefix_v = {prefix_v.data(), {0, prefix * d, d, 1}};
+    }
+    p.q = {q.data(), {heads * queries * d, queries * d, d, 1}};
+    p.k = {k.data(), {kv_heads * keys * d, keys * d, d, 1}};
+    p.v = {v.data(), {kv_heads * keys * d, keys * d, d, 1}};
+    p.out = {results[0].data(), {heads * queries * d, d, heads * d, 1}};
+    p.lse = lse.data();
+    forward(p);
+    results.emplace_back();
+    for (float x : lse) results[1].push_back(from_float<T>(x));
+    return results;
+  };
+  compare<T>(
+      "attention", queries, keys, d,
+      [&] {
+        return run([](AttentionForward& p) {
+          check(attention_cuda_declines(p) == nullptr, kWhere, "attention declines");
+          std::vector<float> workspace(attention_forward_workspace(p), NAN);
+          p.workspace = workspace.data();
+          check(attention_forward_cuda(p, nullptr) == 0, kWhere, "attention fails");
+        });
+      },
+      [&] { return run(cpu_level(0).attention->forward); });
+}
+
 }  // namespace
 
 int main() {
@@ -225,6 +277,11 @@ int main() {
   test_adapter<Float16>(70, 72, 56, true);
   test_adapter<Float16>(3, 136, 72, true);
   test_adapter<BFloat16>(140, 8, 64, true);
+  test_attention<BFloat16>(2, 2, 70, 133, 72, true);
+  test_attention<BFloat16>(2, 1, 65, 130, 40, false);
+  test_attention<Float16>(4, 2, 9, 150, 64, true);
+  test_attention<Float16>(1, 1, 65, 70, 136, true);
+  test_attention<BFloat16>(4, 1, 1, 1100, 80, true);  // the keys in parts
   test_add_layer_norm<BFloat16>(3, 1032);
   test_add_layer_norm<Float16>(9, 72);
   test_add_layer_norm<float>(2, 4104);

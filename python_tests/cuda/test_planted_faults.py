@@ -52,6 +52,31 @@ FAULTS = [
      "range < space.ranges - 1;"),
     ("the mask is not laid over the gradient", "adapter/adapter_backward_cuda.cu",
      "if (words.word[v] < dropout.threshold)", "if (words.word[0] < dropout.threshold)"),
+    ("a key too many is seen", "attention/attention_cuda.cuh", "k >= seen.end", "k > seen.end"),
+    ("the edge of a window is taken for its inside", "attention/attention_cuda.cuh", "first < full.begin ||", ""),
+    ("a bias is read beyond the last key", "attention/attention_cuda.cuh",
+     "if (k >= 0 && k < tile.end) x[j][2 * half + e] +=", "if (k >= 0) x[j][2 * half + e] +="),
+    ("dropout draws for the wrong row", "attention/attention_cuda.cuh", "group.index(row + 8 * half);",
+     "group.index(row + half);"),
+    ("dropout draws for the wrong block of 16 columns", "attention/attention_cuda.cuh", "first == begin ?",
+     "first > begin ?"),
+    ("tiles of keys are off the random stream's grid", "attention/attention_cuda.cuh", "? prefix % Keys : 0;",
+     "? 0 : 0;"),
+    ("what was summed before keeps its scale", "attention/attention_forward_cuda.cuh",
+     "out[d][2 * half + 1] *= factor;", ""),
+    ("halves of a fragment change places", "attention/attention_forward_cuda.cuh",
+     "x[m][j + i / 2][i % 2 * 2], x[m][j + i / 2][i % 2 * 2 + 1]",
+     "x[m][j + i % 2][i / 2 * 2], x[m][j + i % 2][i / 2 * 2 + 1]"),
+    ("a row too many is stored by attention", "attention/attention_cuda.cu", "if (r >= group.rows) continue;",
+     "if (r > group.rows) continue;"),
+    ("tiles are left out between the parts", "attention/attention_decode_cuda.cu", "(tiles.count + parts - 1) / parts",
+     "tiles.count / parts"),
+    ("a barrier is missing before the warps' maxima are read", "attention/attention_decode_cuda.cu", "block_barrier();",
+     ""),
+    ("a warp's part of the sums is left out", "attention/attention_decode_cuda.cu",
+     "for (int w = 1; w < KeyWarps; ++w) sum +=", "for (int w = 2; w < KeyWarps; ++w) sum +="),
+    ("the parts are added with their own scale", "attention/attention_decode_cuda.cu",
+     "exp2_fast((*partial.highest - shift_of(highest)) * unit)", "1.0f"),
 ]  # fmt: skip
 # Not found, and why: harmless where nothing is wrong otherwise.
 HARMLESS = {"nothing", "act(0) beyond the last token counts"}
@@ -64,7 +89,8 @@ def test_a_fault_is_found(tmp_path, fault, file, text, instead):
     broken = tmp_path / file
     broken.parent.mkdir(parents=True)
     broken.write_text(source.replace(text, instead, 1))
-    kernel = ROOT / "csrc" / "adapter" / "adapter_cuda.cu" if broken.suffix == ".cuh" else broken
+    includes_it = "attention/attention_cuda.cu" if file.startswith("attention") else "adapter/adapter_cuda.cu"
+    kernel = ROOT / "csrc" / includes_it if broken.suffix == ".cuh" else broken
     program = tmp_path / "program"
     compile_it = ["g++", *FLAGS, "-Wno-unknown-pragmas", "-I", tmp_path, "-I", ROOT / "csrc", "-x", "c++", kernel]
     link = ["-x", "none", TEST, *LIBRARIES, "-pthread", "-o", program]
