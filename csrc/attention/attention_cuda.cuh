@@ -31,16 +31,16 @@ struct KeyRange {
 struct HeadGroup {
   const AttentionShape& shape;
   const AttentionRule& rule;
-  int64_t batch, kv_head;
+  int batch, kv_head;
   int group_size, queries, rows, keys;
   int key_end;  // keys that lengths leaves valid
 
-  LWFT_DEVICE HeadGroup(const AttentionShape& shape_in, const AttentionRule& rule_in, int64_t number)
+  LWFT_DEVICE HeadGroup(const AttentionShape& shape_in, const AttentionRule& rule_in, int number)
       : shape(shape_in),
         rule(rule_in),
-        batch(number / shape_in.kv_heads),
-        kv_head(number % shape_in.kv_heads),
-        group_size(static_cast<int>(shape_in.heads / shape_in.kv_heads)),
+        batch(number / static_cast<int>(shape_in.kv_heads)),
+        kv_head(number % static_cast<int>(shape_in.kv_heads)),
+        group_size(static_cast<int>(shape_in.heads) / static_cast<int>(shape_in.kv_heads)),
         queries(static_cast<int>(shape_in.queries)),
         rows(group_size * queries),
         keys(static_cast<int>(shape_in.keys)),
@@ -52,9 +52,7 @@ struct HeadGroup {
   }
 
   LWFT_DEVICE int query(int row) const { return group_size == 1 ? row : row / group_size; }
-  LWFT_DEVICE int64_t head(int row) const {
-    return group_size == 1 ? kv_head : kv_head * group_size + row % group_size;
-  }
+  LWFT_DEVICE int head(int row) const { return group_size == 1 ? kv_head : kv_head * group_size + row % group_size; }
   // Of a row in a (B, H, S, ...) tensor.
   LWFT_DEVICE int64_t offset(const int64_t (&stride)[4], int row) const {
     return batch * stride[0] + head(row) * stride[1] + query(row) * stride[2];

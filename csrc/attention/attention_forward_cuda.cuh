@@ -11,6 +11,9 @@ struct SoftmaxRows {
   float out[MTiles][D / 8][4] = {};  // sum of weights * v
   float highest[MTiles][2];          // score; the same on the 4 lanes of a row
   float total[MTiles][2] = {};       // sum of weights, of this lane's keys alone until finish()
+  // Where tiles have 32 keys: which of the 64 columns of block `drawn` dropout keeps, bit 4 j + i for x[j][i].
+  uint32_t kept[MTiles] = {};
+  int drawn = -1;
 
   LWFT_DEVICE SoftmaxRows() {
 #pragma unroll
@@ -62,6 +65,38 @@ LWFT_DEVICE void weigh(float unit, float (&x)[N][4], float (&highest)[2], float 
   }
 }
 
+// Weights of the tile become zero where dropout drops. A call of Philox draws for 4 columns out of 64: what it draws for
+// the other half of them is kept for the next tile.
+template <int MTiles, int D>
+LWFT_DEVICE void drop_half(const HeadGroup& group, const Dropout& dropout, int row, int column,
+                           float (&x)[MTiles][4][4], SoftmaxRows<MTiles, D>& state) {
+  const int block = column / static_cast<int>(kPhiloxColumns);
+  if (block != state.drawn) {
+    state.drawn = block;
+    const int begin = block * static_cast<int>(kPhiloxColumns) + column % 32;
+#pragma unroll
+    for (int m = 0; m < MTiles; ++m) {
+      uint32_t bits = 0;
+      for_kept<8>(group, dropout, row + 16 * m, begin, [&](int j, int i, bool kept) {
+        if (kept) bits |= 1u << (4 * j + i);
+      });
+      state.kept[m] = bits;
+    }
+  }
+  const int shift = column % static_cast<int>(kPhiloxColumns) / 32 * 16;
+#pragma unroll
+  for (int m = 0; m < MTiles; ++m) {
+    const uint32_t bits = state.kept[m] >> shift;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if ((bits >> (4 * j + i) & 1) == 0) x[m][j][i] = 0.0f;
+      }
+    }
+  }
+}
+
 // Keys keys of the tile join, from `first` on: q (the warp's rows), k and v (the warp's keys) in shared memory, D + kPad
 // apart; `row` is the warp's first of the group.
 template <class T, int MTiles, int Keys, int D>
@@ -87,13 +122,18 @@ LWFT_DEVICE void attend(const HeadGroup& group, const Dropout& dropout, const Ke
     }
   }
   const float unit = score_unit(group.rule);
+  // Where a row's bias, mask and draws lie is cheap to compute beside a tile, and too much to hold from tile to tile.
+  row = anew(row);
   const int key = tile.start + first + lane % 4 * 2, column = tile.first_column + first + lane % 4 * 2;
 #pragma unroll
   for (int m = 0; m < MTiles; ++m) {
     const int lane_row = row + 16 * m + lane / 4;
     finish_scores<T>(group, tile, lane_row, key, x[m]);
     weigh(unit, x[m], state.highest[m], state.total[m], state.out[m]);
-    if (dropout.active()) drop(group, dropout, lane_row, column, x[m]);
+    if (Keys != 32 && dropout.active()) drop(group, dropout, lane_row, column, x[m]);
+  }
+  if constexpr (Keys == 32) {
+    if (dropout.active()) drop_half(group, dropout, row + lane / 4, column, x, state);
   }
 #pragma unroll
   for (int j = 0; j < kN; j += 2) {

@@ -277,11 +277,11 @@ int main() {
   test_adapter<Float16>(70, 72, 56, true);
   test_adapter<Float16>(3, 136, 72, true);
   test_adapter<BFloat16>(140, 8, 64, true);
-  test_attention<BFloat16>(2, 2, 70, 133, 72, true);
-  test_attention<BFloat16>(2, 1, 65, 130, 40, false);
-  test_attention<Float16>(4, 2, 9, 150, 64, true);
-  test_attention<Float16>(1, 1, 65, 70, 136, true);
-  test_attention<BFloat16>(4, 1, 1, 1100, 80, true);  // the keys in parts
+  test_attention<BFloat16>(1, 1, 66, 70, 72, true);
+  test_attention<BFloat16>(2, 1, 33, 66, 40, false);
+  test_attention<Float16>(1, 1, 65, 40, 136, true);
+  test_attention<Float16>(4, 2, 9, 70, 64, true);     // few rows
+  test_attention<BFloat16>(4, 1, 1, 1100, 16, true);  // in two parts of the keys
   test_add_layer_norm<BFloat16>(3, 1032);
   test_add_layer_norm<Float16>(9, 72);
   test_add_layer_norm<float>(2, 4104);

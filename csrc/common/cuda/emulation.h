@@ -370,6 +370,8 @@ inline void copy_wait() {
   }
 }
 
+inline int anew(int value) { return value; }
+
 inline void block_barrier() {
   emulation::Block& block = *emulation::current;
   if (++block.at_barrier < static_cast<int>(block.fibers.size()))
