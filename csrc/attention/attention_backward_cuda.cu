@@ -15,7 +15,7 @@ constexpr int kRowLanes = 16;  // of a warp, for a row of up to 128 elements
 constexpr int kRowsOfBlock = kThreads / kRowLanes;
 constexpr int64_t kLargestHeadDim = 8 * kRowLanes;
 
-constexpr int64_t tiles_of(int64_t count) { return (count + kTile - 1) / kTile; }
+constexpr int tiles_of(int64_t count) { return static_cast<int>((count + kTile - 1) / kTile); }
 constexpr int64_t at_least_1(int64_t count) { return count > 1 ? count : 1; }
 // So many parts that there are enough blocks, but none without a turn.
 int64_t parts_of(int64_t blocks, int64_t turns) {
@@ -118,7 +118,7 @@ AttentionBackwardPlan::AttentionBackwardPlan(const AttentionBackward& p) : float
 
   const bool shared = p.prefix_batch == 1;
   const int64_t turns = (shared ? s.batch : 1) * ((group_rows + kStep - 1) / kStep);
-  prefix_parts = s.batch == 0 ? 0 : parts_of(p.prefix_batch * s.kv_heads * prefix_tiles, turns);
+  prefix_parts = s.batch == 0 ? 0 : static_cast<int>(parts_of(p.prefix_batch * s.kv_heads * prefix_tiles, turns));
   dprefix_k = take(p.dprefix_k != nullptr, prefix_parts * prefix_elements(p));
   dprefix_v = take(p.dprefix_v != nullptr, prefix_parts * prefix_elements(p));
 
@@ -150,12 +150,11 @@ const char* attention_cuda_declines(const AttentionBackward& p) {
   if (!cuda::rows_aligned(p.grad_out) || !cuda::rows_aligned(p.out)) {
     return "the rows of grad_out and out must start at multiples of 16 bytes";
   }
-  constexpr int64_t kMostBlocks = INT32_MAX;  // of one launch
+  constexpr int64_t kMost = INT32_MAX;  // blocks of a launch
   const cuda::AttentionBackwardPlan plan(p);
-  if (p.shape.batch * p.shape.heads * p.shape.queries > kMostBlocks || plan.bias_blocks > kMostBlocks ||
-      plan.bias_elements * (plan.dbias == nullptr ? 0 : 1) > kMostBlocks ||
-      plan.groups * plan.key_tiles > kMostBlocks || cuda::prefix_elements(p) > kMostBlocks) {
-    return "there are too many rows for one launch";
+  if (p.shape.batch * p.shape.heads * p.shape.queries > kMost || plan.groups * plan.key_tiles > kMost ||
+      p.prefix_batch * p.shape.kv_heads * plan.prefix_tiles > kMost || plan.bias_blocks > kMost) {
+    return "there are too many queries or keys in all sequences together";
   }
   return nullptr;
 }

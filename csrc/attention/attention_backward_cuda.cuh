@@ -29,15 +29,15 @@ struct AttentionBackwardPlan {
   bool exact;  // statistics from all scores of a row rather than from lse and out
   int early;   // owned tiles of keys begin so much before key 0 that they lie as the random stream's 64 columns do
   float scale, softcap, keep_scale;
-  int64_t groups;                              // B * Hkv
-  int64_t row_tiles, key_tiles, prefix_tiles;  // of a group, of a key head
-  float *shift, *factor, *delta;               // (B, H, S)
-  int64_t prefix_parts;
+  int64_t groups;                          // B * Hkv
+  int row_tiles, key_tiles, prefix_tiles;  // of a group, of a key head
+  float *shift, *factor, *delta;           // (B, H, S)
+  int prefix_parts;
   float *dprefix_k, *dprefix_v;  // (parts, prefix_batch, Hkv, P, D); null when not wanted
   // dbias: its dimensions that are the full ones; the tiles of the others, in the order (batch, head, rows, keys), are
   // summed.
   bool own_batch, own_head, own_rows, own_keys;
-  int64_t query_tiles;  // of one head
+  int query_tiles;  // of one head
   int64_t bias_blocks, bias_parts, bias_elements;
   float* dbias;  // (parts, bias) where there are several parts
   int64_t floats;

@@ -14,16 +14,16 @@ static_assert(kTile * kSumStride * sizeof(float) <= kSharedBytes<64>);
 
 // Where a tile lies among (batch, head, tiles of queries, tiles of keys).
 struct Place {
-  int64_t batch, head, rows, keys;
+  int batch, head, rows, keys;
 };
 
 // `number` in the order of those dimensions, of which only those chosen count.
 LWFT_DEVICE Place place_of(int64_t number, const AttentionBackward& p, const AttentionBackwardPlan& plan, bool own) {
-  const auto next = [&](bool chosen, int64_t size) -> int64_t {
+  const auto next = [&](bool chosen, int64_t size) {
     if (!chosen) return 0;
     const int64_t at = number % size;
     number /= size;
-    return at;
+    return static_cast<int>(at);
   };
   Place place{};
   place.keys = next(plan.own_keys == own, plan.key_tiles);
@@ -37,13 +37,13 @@ LWFT_DEVICE Place place_of(int64_t number, const AttentionBackward& p, const Att
 template <class T, int D>
 LWFT_DEVICE void add_tile(const AttentionBackward& p, const AttentionBackwardPlan& plan, const Dropout& dropout,
                           const Place& place, float (&sums)[kTile / 8][4]) {
-  const int64_t group_size = p.shape.heads / p.shape.kv_heads;
-  const HeadGroup group(p.shape, p.rule, place.batch * p.shape.kv_heads + place.head / group_size);
+  const int kv_heads = static_cast<int>(p.shape.kv_heads), group_size = static_cast<int>(p.shape.heads) / kv_heads;
+  const HeadGroup group(p.shape, p.rule, place.batch * kv_heads + place.head / group_size);
   HeadGroup head = group;  // as if it were alone, so that its rows are its queries
   head.group_size = 1;
   head.rows = head.queries;
   head.kv_head = place.head;
-  const int first = static_cast<int>(place.rows) * kTile, key = static_cast<int>(place.keys) * kTile - plan.early;
+  const int first = place.rows * kTile, key = place.keys * kTile - plan.early;
   const KeyRange top = head.visible(first), bottom = head.visible(minimum(first + kTile, head.rows) - 1);
   if (key + kTile <= top.begin || key >= bottom.end) return;
   const KeyTile tile{false, key < bottom.begin || key + kTile > top.end, key, group.key_end,
@@ -97,8 +97,8 @@ attention_dbias_kernel(AttentionBackward p, AttentionBackwardPlan plan) {
     add_tile<T, D>(p, plan, dropout, place, sums);
   }
 
-  const int first_row = plan.own_rows ? static_cast<int>(own.rows) * kTile : 0;
-  const int first_key = plan.own_keys ? static_cast<int>(own.keys) * kTile - plan.early : 0;
+  const int first_row = plan.own_rows ? own.rows * kTile : 0;
+  const int first_key = plan.own_keys ? own.keys * kTile - plan.early : 0;
   const int64_t rows = p.bias_size[2], keys = p.bias_size[3];
   const int64_t matrix = ((plan.own_batch ? own.batch : 0) * p.bias_size[1] + (plan.own_head ? own.head : 0)) * rows;
   const auto store = [&](int r, int c, float value) {

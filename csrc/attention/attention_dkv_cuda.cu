@@ -20,20 +20,21 @@ constexpr size_t kSharedBytes = (2 * kOwnedElements<D> + kStages * kStageElement
 // The keys that a block owns, and the tiles of rows whose gradients it sums, in the order (batch, tile).
 struct OwnedKeys {
   bool prefix;
-  int64_t batch, kv_head, part;
+  int batch, kv_head, part;
   int first, count;      // keys; those of the tensor
   int first_row, steps;  // tiles of kStep rows in each group
   int begin, end;        // of the tiles of all batches
 
   LWFT_DEVICE OwnedKeys(const AttentionBackward& p, const AttentionBackwardPlan& plan, bool prefix_in)
       : prefix(prefix_in), count(static_cast<int>(prefix ? p.shape.prefix : p.shape.keys)) {
-    const int64_t tiles = prefix ? plan.prefix_tiles : plan.key_tiles;
-    const int64_t batches = prefix ? p.prefix_batch : p.shape.batch;
-    int64_t number = block_index();
-    first = static_cast<int>(number % tiles) * kTile - (prefix ? 0 : plan.early);
+    const int tiles = prefix ? plan.prefix_tiles : plan.key_tiles;
+    const int kv_heads = static_cast<int>(p.shape.kv_heads);
+    const int batches = static_cast<int>(prefix ? p.prefix_batch : p.shape.batch);
+    int number = block_index();
+    first = number % tiles * kTile - (prefix ? 0 : plan.early);
     number /= tiles;
-    kv_head = number % p.shape.kv_heads;
-    number /= p.shape.kv_heads;
+    kv_head = number % kv_heads;
+    number /= kv_heads;
     batch = number % batches;
     part = number / batches;
 
@@ -59,8 +60,8 @@ struct OwnedKeys {
   }
 
   LWFT_DEVICE HeadGroup group_at(const AttentionBackward& p, int turn) const {
-    const int64_t of_batch = batch + (turn == 0 ? 0 : turn / steps);
-    return HeadGroup(p.shape, p.rule, of_batch * p.shape.kv_heads + kv_head);
+    const int of_batch = batch + (turn == 0 ? 0 : turn / steps);
+    return HeadGroup(p.shape, p.rule, of_batch * static_cast<int>(p.shape.kv_heads) + kv_head);
   }
   LWFT_DEVICE int row_at(int turn) const { return first_row + turn % steps * kStep; }
 

@@ -19,9 +19,9 @@ struct OwnedRows {
 
 // Neighbouring blocks share a group and thus its keys; where attention is causal, the longest begin first.
 LWFT_DEVICE OwnedRows rows_of_block(const AttentionBackward& p, const AttentionBackwardPlan& plan) {
-  int64_t tile = block_index() % plan.row_tiles;
+  int tile = block_index() % plan.row_tiles;
   if (p.rule.causal) tile = plan.row_tiles - 1 - tile;
-  return {HeadGroup(p.shape, p.rule, block_index() / plan.row_tiles), static_cast<int>(tile * kTile)};
+  return {HeadGroup(p.shape, p.rule, block_index() / plan.row_tiles), tile * kTile};
 }
 
 // use(tile, its S products, its dP, keep, column of its first key in keep, K in shared memory) for each tile of the prefix

@@ -76,10 +76,6 @@ py::tuple forward(const std::string& level, const py::array& q, const py::array&
   return py::make_tuple(out, lse);
 }
 
-struct alignas(16) Aligned16 {
-  float value[4];
-};
-
 // Level "cuda" is the CUDA kernel in its emulation; ValueError says why it declines. Bit i of `needs`: whether dq, dk, dv,
 // dbias, dprefix_k, dprefix_v is wanted; one that is not, or has no argument, comes back as None.
 py::tuple backward(const std::string& level, const py::array& grad_out, const py::object& grad_lse, const py::array& q,
@@ -118,8 +114,7 @@ py::tuple backward(const std::string& level, const py::array& grad_out, const py
   if (!prefix_k.is_none()) p.prefix_batch = py::cast<py::array>(prefix_k).shape(0);
   if (level == "cuda") {
     if (const char* reason = attention_cuda_declines(p)) throw py::value_error(reason);
-    const auto floats = static_cast<size_t>(attention_backward_workspace(p));
-    std::vector<Aligned16> workspace(floats / 4 + 1, Aligned16{{NAN, NAN, NAN, NAN}});
+    std::vector<float> workspace(static_cast<size_t>(attention_backward_workspace(p)), NAN);
     p.workspace = workspace.data();
     attention_backward_cuda(p, nullptr);
   } else {

@@ -20,6 +20,7 @@ def arguments(
     bias=None, bias_dtype=None, mask=None, lengths=None,
 ):  # fmt: skip
     """bias, mask: their shapes."""
+
     def normal(*shape):
         return torch.randn(shape).to(dtype)
 
@@ -92,13 +93,22 @@ def check(values, grad_lse=True, **rule):
 @pytest.mark.parametrize("grad_lse", [False, True])
 @pytest.mark.parametrize(
     "queries,keys,head_dim,heads,kv_heads",
-    [(1, 1, 8, 1, 1), (3, 70, 40, 4, 2), (64, 64, 64, 1, 1), (65, 129, 72, 1, 1), (70, 33, 128, 2, 1), (23, 97, 16, 6, 2)],
+    [
+        (1, 1, 8, 1, 1),
+        (3, 70, 40, 4, 2),
+        (64, 64, 64, 1, 1),
+        (65, 129, 72, 1, 1),
+        (70, 33, 128, 2, 1),
+        (23, 97, 16, 6, 2),
+    ],
 )
 def test_accuracy(queries, keys, head_dim, heads, kv_heads, grad_lse, dtype):
     check(arguments(queries, keys, head_dim, dtype=dtype, heads=heads, kv_heads=kv_heads), grad_lse)
 
 
-@pytest.mark.parametrize("queries,keys,heads,kv_heads", [(70, 70, 2, 1), (40, 130, 1, 1), (130, 40, 2, 2), (33, 65, 3, 1)])
+@pytest.mark.parametrize(
+    "queries,keys,heads,kv_heads", [(70, 70, 2, 1), (40, 130, 1, 1), (130, 40, 2, 2), (33, 65, 3, 1)]
+)
 @pytest.mark.parametrize("causal,window", [(True, 0), (True, 1), (True, 37), (False, 20), (False, 1)])
 def test_which_keys_a_query_sees(queries, keys, heads, kv_heads, causal, window):
     """More queries than keys: the first see nothing."""
@@ -213,6 +223,24 @@ def test_the_order_of_threads_and_copies_does_not_matter(schedule, early_copies)
     lwft_harness.set_cuda_emulation(schedule, early_copies)
     for mine, theirs in zip(emulated(values, out, lse, rule), expected, strict=True):
         assert mine.tobytes() == theirs.tobytes()
+
+
+def many_rows():
+    """More tiles of rows than there are parts of a sum: blocks of dbias and of the prefix take several in turn."""
+    return arguments(4300, 3, 8, prefix=3, bias=(1, 1, 1, 1))
+
+
+def test_more_rows_than_parts():
+    check(many_rows())
+
+
+@pytest.mark.parametrize("schedule,early_copies", MODES[1::2])
+def test_the_order_of_threads_does_not_matter_to_turns(schedule, early_copies):
+    values, rule = many_rows(), rule_of()
+    out, lse, _ = plain(values, torch.float64, rule, True)
+    expected = emulated(values, out, lse, rule, needs=8)
+    lwft_harness.set_cuda_emulation(schedule, early_copies)
+    assert emulated(values, out, lse, rule, needs=8)[3].tobytes() == expected[3].tobytes()
 
 
 @pytest.mark.parametrize("batch,queries,keys,prefix", [(0, 5, 7, 3), (2, 0, 7, 3), (2, 5, 0, 0), (2, 5, 0, 3)])

@@ -88,3 +88,26 @@ def test_attention_decode_is_of_tensor_core_instructions(tmp_path):
             continue
         dtype, head = re.search(r"(BFloat16|7Float16)ELi(\d+)", kernel).groups()
         products_and_copies(kernel, dtype, 2 * (int(head) // 16) * (16 // 8))
+
+
+@pytest.mark.parametrize("part", ["dq", "dkv", "dbias"])
+def test_attention_backward_is_of_tensor_core_instructions(part, tmp_path):
+    kernels = entries(f"attention/attention_{part}_cuda.cu", tmp_path)
+    assert len(kernels) == (8 if part == "dq" else 4)  # 2 dtypes, 2 head sizes; beside dq, the exact statistics
+    for kernel in kernels:
+        dtype, head = re.search(r"(BFloat16|7Float16)ELi(\d+)", kernel).groups()
+        # 16 x 8 x 16 each, for the 16 rows of a warp: two turns of S = Q K^T and dP = dO V^T; then what S and dP go into
+        scores = 2 * 2 * (64 if part == "dbias" else 32) // 8
+        sums = 0 if part == "dbias" or "exact" in kernel.split("(")[0] else {"dq": 1, "dkv": 2}[part]
+        products = scores + sums * (32 // 16) * (int(head) // 8)
+        if sums:
+            products_and_copies(kernel, dtype, products)
+        else:  # nothing is multiplied by a tile as it lies
+            assert kernel.count("mma.sync") == products
+            assert ".local" not in kernel, "an array is indexed by a value known only at run time"
+
+
+def test_attention_statistics_keep_nothing_in_local_memory(tmp_path):
+    kernels = entries("attention/attention_backward_cuda.cu", tmp_path)
+    assert len(kernels) == 5  # statistics of 2 dtypes, sums of 3
+    assert all(".local" not in kernel for kernel in kernels)
