@@ -103,6 +103,7 @@ AttentionBackwardPlan::AttentionBackwardPlan(const AttentionBackward& p) : float
   early = p.rule.dropout.active() ? static_cast<int>(s.prefix % kTile) : 0;
   scale = static_cast<float>(p.rule.scale);
   softcap = static_cast<float>(p.rule.softcap);
+  inner = softcap > 0.0f ? scale / softcap : scale;
   keep_scale = static_cast<float>(p.rule.dropout.keep_scale);
   groups = s.batch * s.kv_heads;
   const int64_t group_rows = s.kv_heads == 0 ? 0 : s.heads / s.kv_heads * s.queries;

@@ -29,6 +29,7 @@ struct AttentionBackwardPlan {
   bool exact;  // statistics from all scores of a row rather than from lse and out
   int early;   // owned tiles of keys begin so much before key 0 that they lie as the random stream's 64 columns do
   float scale, softcap, keep_scale;
+  float inner;                             // scale / softcap
   int64_t groups;                          // B * Hkv
   int row_tiles, key_tiles, prefix_tiles;  // of a group, of a key head
   float *shift, *factor, *delta;           // (B, H, S)
@@ -91,7 +92,7 @@ LWFT_DEVICE float score_of(const AttentionBackward& p, const AttentionBackwardPl
   float score = product * plan.scale;
   slope = 1.0f;
   if (plan.softcap > 0.0f) {
-    const float bent = tanhf(score / plan.softcap);
+    const float bent = tanhf(product * plan.inner);
     score = bent * plan.softcap;
     slope = 1.0f - bent * bent;
   }
@@ -202,9 +203,9 @@ LWFT_DEVICE void draw_block(const HeadGroup& group, const Dropout& dropout, int 
     const int row = minimum(first_row + i / kKeepBytes, group.rows - 1);
     const PhiloxWords words =
         draw_columns(dropout, group.index(row), column / kPhiloxColumns * kPhiloxColumns + i % kKeepBytes);
-    uint32_t bits = 0;
+    uint32_t bits = 0;  // not the comparison's result << w, of which g++ 12 makes something else under its sanitizers
 #pragma unroll
-    for (int w = 0; w < 4; ++w) bits |= (words.word[w] >= dropout.threshold ? 1u : 0u) << w;
+    for (int w = 0; w < 4; ++w) bits |= words.word[w] >= dropout.threshold ? 1u << w : 0u;
     keep[i] = static_cast<uint8_t>(bits);
   }
 }

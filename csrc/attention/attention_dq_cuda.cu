@@ -63,6 +63,19 @@ LWFT_DEVICE void for_key_tiles(const AttentionBackward& p, const OwnedRows& rows
   });
 }
 
+// The two rows that this lane holds. Taken for each tile anew: that is cheap beside a tile, and held through the products
+// they would take registers that there are not.
+struct LaneRows {
+  RowState state[2];
+
+  LWFT_DEVICE LaneRows(const AttentionBackward& p, const AttentionBackwardPlan& plan, const OwnedRows& rows) {
+    const int lane = thread_index() % kWarpLanes, warp = thread_index() / kWarpLanes;
+    const int first = anew(rows.first) + warp * 16 + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) state[half] = row_state(p, plan, rows.group, first + half * 8);
+  }
+};
+
 LWFT_DEVICE bool is_kept(const uint8_t* keep, const KeyTile& tile, int row, int column) {
   return keep == nullptr || kept(keep, row, tile.first_column % kTile + column);
 }
@@ -86,20 +99,16 @@ attention_exact_kernel(AttentionBackward p, AttentionBackwardPlan plan) {
     if (warp_sum(lost ? 1.0f : 0.0f) == 0.0f) return;
     block_barrier();  // nobody writes what others still look at
   }
-  RowState states[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    states[half] = row_state(p, plan, rows.group, rows.first + warp * 16 + lane / 4 + half * 8);
-  }
   float highest[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, products[2] = {0.0f, 0.0f};
   for_key_tiles<T, D>(
       p, rows,
       [&](const KeyTile& tile, float (&x)[kStep / 8][4], float (&dweights)[kStep / 8][4], const uint8_t* keep,
           const T*) {
+        const LaneRows lane_rows(p, plan, rows);
         float most[2] = {highest[0], highest[1]};
         for_elements<kStep>([&](int r, int column, int n, int e) {
           float slope;
-          x[n][e] = score_of<T>(p, plan, states[e / 2], tile, tile.start + column, x[n][e], slope);
+          x[n][e] = score_of<T>(p, plan, lane_rows.state[e / 2], tile, tile.start + column, x[n][e], slope);
           dweights[n][e] = is_kept(keep, tile, r, column) ? dweights[n][e] * plan.keep_scale : 0.0f;
           most[e / 2] = fmaxf(most[e / 2], x[n][e]);
         });
@@ -140,18 +149,13 @@ template <class T, int D>
 LWFT_KERNEL(kThreads)
 attention_dq_kernel(AttentionBackward p, AttentionBackwardPlan plan) {
   const OwnedRows rows = rows_of_block(p, plan);
-  const int lane = thread_index() % kWarpLanes, warp = thread_index() / kWarpLanes;
-  RowState states[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    states[half] = row_state(p, plan, rows.group, rows.first + warp * 16 + lane / 4 + half * 8);
-  }
   float dq[D / 8][4] = {};
   for_key_tiles<T, D>(p, rows,
                       [&](const KeyTile& tile, float (&x)[kStep / 8][4], float (&dweights)[kStep / 8][4],
                           const uint8_t* keep, const T* keys) {
+                        const LaneRows lane_rows(p, plan, rows);
                         for_elements<kStep>([&](int r, int column, int n, int e) {
-                          x[n][e] = gradients_of<T>(p, plan, states[e / 2], tile, tile.start + column, x[n][e],
+                          x[n][e] = gradients_of<T>(p, plan, lane_rows.state[e / 2], tile, tile.start + column, x[n][e],
                                                     dweights[n][e], is_kept(keep, tile, r, column))
                                         .dproduct;
                         });

@@ -96,7 +96,7 @@ def test_attention_backward_is_of_tensor_core_instructions(part, tmp_path):
     assert len(kernels) == (8 if part == "dq" else 4)  # 2 dtypes, 2 head sizes; beside dq, the exact statistics
     for kernel in kernels:
         dtype, head = re.search(r"(BFloat16|7Float16)ELi(\d+)", kernel).groups()
-        # 16 x 8 x 16 each, for the 16 rows of a warp: two turns of S = Q K^T and dP = dO V^T; then what S and dP go into
+        # 16 x 8 x 16 each, for the 16 rows of a warp: two turns of S = Q K^T and dP = dO V^T; then their sums
         scores = 2 * 2 * (64 if part == "dbias" else 32) // 8
         sums = 0 if part == "dbias" or "exact" in kernel.split("(")[0] else {"dq": 1, "dkv": 2}[part]
         products = scores + sums * (32 // 16) * (int(head) // 8)

@@ -95,7 +95,8 @@ FAULTS = [
     ("the gradient of lse is left out", "attention/attention_backward_cuda.cu", "total - grad_lse;", "total;"),
     ("rows draw for their neighbours", "attention/attention_backward_cuda.cuh", "first_row + i / kKeepBytes,",
      "first_row + i % kKeepBytes,"),
-    ("the derivative of the softcap is left out", "attention/attention_backward_cuda.cuh", "dscore * slope}", "dscore}"),
+    ("the derivative of the softcap is left out", "attention/attention_backward_cuda.cuh", "dscore * slope}",
+     "dscore}"),
 ]  # fmt: skip
 # Not found, and why: harmless where nothing is wrong otherwise.
 HARMLESS = {"nothing", "act(0) beyond the last token counts"}
