@@ -106,10 +106,9 @@ attention_exact_kernel(AttentionBackward p, AttentionBackwardPlan plan) {
           const T*) {
         const LaneRows lane_rows(p, plan, rows);
         float most[2] = {highest[0], highest[1]};
-        for_elements<kStep>([&](int r, int column, int n, int e) {
+        for_elements<kStep>([&](int, int column, int n, int e) {
           float slope;
           x[n][e] = score_of<T>(p, plan, lane_rows.state[e / 2], tile, tile.start + column, x[n][e], slope);
-          dweights[n][e] = is_kept(keep, tile, r, column) ? dweights[n][e] * plan.keep_scale : 0.0f;
           most[e / 2] = fmaxf(most[e / 2], x[n][e]);
         });
 #pragma unroll
@@ -121,10 +120,10 @@ attention_exact_kernel(AttentionBackward p, AttentionBackwardPlan plan) {
           total[half] *= factor;
           products[half] *= factor;
         }
-        for_elements<kStep>([&](int, int, int n, int e) {
+        for_elements<kStep>([&](int r, int column, int n, int e) {
           const float weight = x[n][e] == -INFINITY ? 0.0f : exp2_fast((x[n][e] - highest[e / 2]) * kLog2e);
           total[e / 2] += weight;
-          products[e / 2] += weight * dweights[n][e];
+          if (is_kept(keep, tile, r, column)) products[e / 2] += weight * plan.keep_scale * dweights[n][e];
         });
       });
 #pragma unroll
