@@ -34,6 +34,7 @@ struct HeadGroup {
   int batch, kv_head;
   int group_size, queries, rows, keys;
   int key_end;  // keys that lengths leaves valid
+  float scale;  // of products; where there is a softcap, over the softcap
 
   LWFT_DEVICE HeadGroup(const AttentionShape& shape_in, const AttentionRule& rule_in, int number)
       : shape(shape_in),
@@ -44,7 +45,9 @@ struct HeadGroup {
         queries(static_cast<int>(shape_in.queries)),
         rows(group_size * queries),
         keys(static_cast<int>(shape_in.keys)),
-        key_end(keys) {
+        key_end(keys),
+        scale(static_cast<float>(rule_in.scale)) {
+    if (rule.softcap > 0) scale /= static_cast<float>(rule.softcap);
     if (rule.lengths != nullptr) {
       const int64_t length = rule.lengths[batch];
       key_end = length < 0 ? 0 : length < keys ? static_cast<int>(length) : keys;
@@ -217,13 +220,12 @@ LWFT_DEVICE void finish_scores(const HeadGroup& group, const KeyTile& tile, int 
                                float (*slope)[4] = nullptr) {
   const AttentionRule& rule = group.rule;
   if (natural_scores(rule)) {
-    const float scale = static_cast<float>(rule.scale), cap = static_cast<float>(rule.softcap);
-    const float inner = cap > 0.0f ? scale / cap : scale;
+    const float cap = static_cast<float>(rule.softcap);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x[j][i] *= inner;
+        x[j][i] *= group.scale;
         if (cap > 0.0f) {
           const float bent = tanhf(x[j][i]);
           if (slope != nullptr) slope[j][i] = 1.0f - bent * bent;
@@ -258,6 +260,13 @@ LWFT_DEVICE PhiloxWords draw_columns(const Dropout& dropout, int64_t row, int co
                        static_cast<uint32_t>(row), static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32),
                        static_cast<uint32_t>(dropout.offset), static_cast<uint32_t>(dropout.seed),
                        static_cast<uint32_t>(dropout.seed >> 32));
+}
+
+// The keys of Philox's rounds follow from the seed: 20 registers, were they held from tile to tile.
+LWFT_DEVICE Dropout anew(Dropout dropout) {
+  const auto low = static_cast<uint32_t>(anew(static_cast<int>(dropout.seed)));
+  dropout.seed = dropout.seed >> 32 << 32 | low;
+  return dropout;
 }
 
 // keep(j, i, whether dropout keeps it) for what this lane holds of 16 rows and 8 N keys. `row` is the lane's first row of

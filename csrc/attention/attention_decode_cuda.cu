@@ -53,8 +53,14 @@ struct Partial {
   }
 };
 
+// So many blocks fit the shared memory of an H200's multiprocessor.
+template <int D>
+constexpr int kResident = D == 64    ? 4
+                          : D == 128 ? 3
+                                     : 2;
+
 template <class T, int D, int KeyWarps>
-LWFT_KERNEL(KeyWarps* kWarpLanes)
+LWFT_KERNEL(KeyWarps* kWarpLanes, kResident<D>)
 attention_decode_kernel(AttentionForward p, int row_tiles, int parts) {
   constexpr int kThreads = KeyWarps * kWarpLanes, kKeys = KeyWarps * kWarpKeys, kStride = D + kPad;
   const Dropout dropout = device_dropout(p.rule.dropout, p.rule.device_seed);

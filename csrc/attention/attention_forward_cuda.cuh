@@ -45,7 +45,8 @@ LWFT_DEVICE void weigh(float unit, float (&x)[N][4], float (&highest)[2], float 
     for (int j = 0; j < N; ++j) largest = fmaxf(largest, fmaxf(x[j][2 * half], x[j][2 * half + 1]));
     largest = fmaxf(largest, shuffle_xor(largest, 1));
     largest = fmaxf(largest, shuffle_xor(largest, 2));
-    const float shift = shift_of(largest) * unit, factor = exp2_fast(highest[half] * unit - shift);
+    // the difference first: where the highest stays the same the factor is 1, in a thousand tiles too
+    const float shift = shift_of(largest) * unit, factor = exp2_fast((highest[half] - shift_of(largest)) * unit);
     highest[half] = largest;
     float sum = total[half] * factor;
 #pragma unroll
@@ -130,10 +131,10 @@ LWFT_DEVICE void attend(const HeadGroup& group, const Dropout& dropout, const Ke
     const int lane_row = row + 16 * m + lane / 4;
     finish_scores<T>(group, tile, lane_row, key, x[m]);
     weigh(unit, x[m], state.highest[m], state.total[m], state.out[m]);
-    if (Keys != 32 && dropout.active()) drop(group, dropout, lane_row, column, x[m]);
+    if (Keys != 32 && dropout.active()) drop(group, anew(dropout), lane_row, column, x[m]);
   }
   if constexpr (Keys == 32) {
-    if (dropout.active()) drop_half(group, dropout, row + lane / 4, column, x, state);
+    if (dropout.active()) drop_half(group, anew(dropout), row + lane / 4, column, x, state);
   }
 #pragma unroll
   for (int j = 0; j < kN; j += 2) {

@@ -6,7 +6,8 @@
 
 #include <cstdint>
 
-#define LWFT_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// Of so many threads a block; then, where ptxas must not spill for more, of so many blocks that fit a multiprocessor.
+#define LWFT_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define LWFT_DEVICE __device__ __forceinline__
 
 namespace lwft::cuda {
