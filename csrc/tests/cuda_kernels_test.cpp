@@ -256,7 +256,8 @@ void test_attention(int64_t heads, int64_t kv_heads, int64_t queries, int64_t ke
     forward(p);
     results.emplace_back();
     for (float x : lse) results[1].push_back(from_float<T>(x));
-    if (d > 128) return results;  // which backward declines
+    // Backward declines wider heads; so many keys would take it most of the time of this test, and are no case of its own.
+    if (d > 128 || keys > 1000) return results;
     AttentionBackward b{};
     for (size_t size : {q.size(), k.size(), v.size()}) results.emplace_back(size);
     if (everything) {
