@@ -65,14 +65,18 @@ struct AttentionBackward {
   void* dprefix_k;       // contiguous (prefix_batch, Hkv, P, D): summed over the batch when shared
   void* dprefix_v;
   int64_t prefix_batch;  // B or 1
+  void* workspace;       // CUDA: attention_backward_workspace(p) floats in device memory
 };
 
-// The CUDA kernels (attention_cuda.cu, attention_decode_cuda.cu); their pointers are the device's. Why they cannot serve
-// this call, or null.
+// The CUDA kernels (attention_cuda.cu, attention_decode_cuda.cu; attention_backward_cuda.cu and those of its parts); their
+// pointers are the device's. Why they cannot serve this call, or null.
 const char* attention_cuda_declines(const AttentionForward&);
-// Enqueues them on a cudaStream_t and returns a cudaError_t.
+const char* attention_cuda_declines(const AttentionBackward&);
+// Enqueue them on a cudaStream_t and return a cudaError_t.
 int attention_forward_cuda(const AttentionForward&, void* stream);
+int attention_backward_cuda(const AttentionBackward&, void* stream);
 int64_t attention_forward_workspace(const AttentionForward&);
+int64_t attention_backward_workspace(const AttentionBackward&);
 
 // One level of the CPU kernels (common/cpu/dispatch.h).
 struct AttentionKernels {

@@ -144,8 +144,13 @@ struct OnCuda {
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     require_no_error(attention_forward_cuda(p, current_cuda_stream(q)));
   }
-  static void run(AttentionBackward&, const Tensor&, const MaybeTensor&, double) {
-    require_cuda("its gradient is not computed in CUDA C++");
+  static void run(AttentionBackward& p, const Tensor& q, const MaybeTensor& seed, double dropout_p) {
+    set_device_dropout(p.rule, seed, dropout_p);
+    require_cuda(attention_cuda_declines(p));
+    const Tensor workspace = empty(q, {attention_backward_workspace(p)}, DType::f32);
+    p.workspace = workspace.mutable_data_ptr();
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    require_no_error(attention_backward_cuda(p, current_cuda_stream(q)));
   }
 };
 #endif

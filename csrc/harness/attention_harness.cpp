@@ -76,28 +76,51 @@ py::tuple forward(const std::string& level, const py::array& q, const py::array&
   return py::make_tuple(out, lse);
 }
 
-py::tuple backward(const std::string& level, const py::array& grad_out, const py::array& grad_lse, const py::array& q,
-                   const py::array& k, const py::array& v, const py::array& bias, const py::array& prefix_k,
-                   const py::array& prefix_v, const py::array& out, const py::array& lse, double scale, bool causal,
-                   int64_t window, double softcap, uint64_t seed, uint64_t offset, double dropout_p) {
+// Level "cuda" is the CUDA kernel in its emulation; ValueError says why it declines. Bit i of `needs`: whether dq, dk, dv,
+// dbias, dprefix_k, dprefix_v is wanted; one that is not, or has no argument, comes back as None.
+py::tuple backward(const std::string& level, const py::array& grad_out, const py::object& grad_lse, const py::array& q,
+                   const py::array& k, const py::array& v, const py::object& bias, const py::object& prefix_k,
+                   const py::object& prefix_v, const py::array& out, const py::array& lse, double scale, bool causal,
+                   int64_t window, double softcap, uint64_t seed, uint64_t offset, double dropout_p,
+                   const py::object& mask, const py::object& lengths, int needs) {
   AttentionBackward p{};
   fill_inputs(p, q, k, v, bias, prefix_k, prefix_v, scale, causal, window, softcap, seed, offset, dropout_p);
+  fill_masks(p.rule, mask, lengths);
   p.grad_out = strided(grad_out);
-  p.grad_lse = grad_lse.data();
+  p.grad_lse = grad_lse.is_none() ? nullptr : py::cast<py::array>(grad_lse).data();
   p.out = strided(out);
   p.lse = lse.data();
-  py::array dq = like(q), dk = like(k), dv = like(v), dbias = like(bias);
-  py::array dprefix_k = like(prefix_k), dprefix_v = like(prefix_v);
-  p.dq = strided_out(dq);
-  p.dk = strided_out(dk);
-  p.dv = strided_out(dv);
-  p.dbias = dbias.mutable_data();
-  for (int i = 0; i < 4; ++i) p.bias_size[i] = bias.shape(i);
-  p.dprefix_k = dprefix_k.mutable_data();
-  p.dprefix_v = dprefix_v.mutable_data();
-  p.prefix_batch = prefix_k.shape(0);
-  kernels(level).attention->backward(p);
-  return py::make_tuple(dq, dk, dv, dbias, dprefix_k, dprefix_v);
+  py::object results[6];
+  void* data[6];
+  const py::object arguments[] = {q, k, v, bias, prefix_k, prefix_v};
+  for (int i = 0; i < 6; ++i) {
+    results[i] = py::none();
+    data[i] = nullptr;
+    if (!(needs >> i & 1) || arguments[i].is_none()) continue;
+    py::array result = like(py::cast<py::array>(arguments[i]));
+    data[i] = result.mutable_data();
+    results[i] = result;
+  }
+  StridedOut* const by_head[] = {&p.dq, &p.dk, &p.dv};
+  for (int i = 0; i < 3; ++i) {
+    if (data[i] == nullptr) continue;
+    py::array result = py::cast<py::array>(results[i]);
+    *by_head[i] = strided_out(result);
+  }
+  p.dbias = data[3];
+  for (int i = 0; i < 4 && !bias.is_none(); ++i) p.bias_size[i] = py::cast<py::array>(bias).shape(i);
+  p.dprefix_k = data[4];
+  p.dprefix_v = data[5];
+  if (!prefix_k.is_none()) p.prefix_batch = py::cast<py::array>(prefix_k).shape(0);
+  if (level == "cuda") {
+    if (const char* reason = attention_cuda_declines(p)) throw py::value_error(reason);
+    std::vector<float> workspace(static_cast<size_t>(attention_backward_workspace(p)), NAN);
+    p.workspace = workspace.data();
+    attention_backward_cuda(p, nullptr);
+  } else {
+    kernels(level).attention->backward(p);
+  }
+  return py::make_tuple(results[0], results[1], results[2], results[3], results[4], results[5]);
 }
 
 void bind(py::module_& m) {
@@ -105,7 +128,10 @@ void bind(py::module_& m) {
   m.def("attention_forward", &forward, arg("level"), arg("q"), arg("k"), arg("v"), arg("bias"), arg("prefix_k"),
         arg("prefix_v"), arg("scale"), arg("causal"), arg("window"), arg("softcap"), arg("seed"), arg("offset"),
         arg("dropout_p"), arg("mask") = py::none(), arg("lengths") = py::none());
-  m.def("attention_backward", &backward);
+  m.def("attention_backward", &backward, arg("level"), arg("grad_out"), arg("grad_lse"), arg("q"), arg("k"), arg("v"),
+        arg("bias"), arg("prefix_k"), arg("prefix_v"), arg("out"), arg("lse"), arg("scale"), arg("causal"),
+        arg("window"), arg("softcap"), arg("seed"), arg("offset"), arg("dropout_p"), arg("mask") = py::none(),
+        arg("lengths") = py::none(), arg("needs") = 63);
 }
 const Part part(bind);
 

@@ -228,7 +228,9 @@ void test_attention(int64_t heads, int64_t kv_heads, int64_t queries, int64_t ke
   std::vector<uint8_t> mask(queries * keys);
   for (size_t i = 0; i < mask.size(); ++i) mask[i] = i % 5 != 0;
   const std::vector<int64_t> lengths{keys - 1, keys / 2};
-  const auto run = [&](auto&& forward) {
+  const auto grad_out = random<T>(batch * heads * queries * d, 7);
+  const auto grad_lse = random_values<float>(batch * heads * queries, 8);
+  const auto run = [&](auto&& forward, auto&& backward) {
     Results<T> results{std::vector<T>(batch * heads * queries * d)};
     std::vector<float> lse(batch * heads * queries);
     AttentionForward p{};
@@ -254,19 +256,54 @@ void test_attention(int64_t heads, int64_t kv_heads, int64_t queries, int64_t ke
     forward(p);
     results.emplace_back();
     for (float x : lse) results[1].push_back(from_float<T>(x));
+    // Backward declines wider heads; so many keys would take it most of the time of this test, and are no case of its own.
+    if (d > 128 || keys > 1000) return results;
+    AttentionBackward b{};
+    for (size_t size : {q.size(), k.size(), v.size()}) results.emplace_back(size);
+    if (everything) {
+      for (size_t size : {bias.size(), prefix_k.size(), prefix_v.size()}) results.emplace_back(size);
+      b.dbias = results[5].data();
+      b.dprefix_k = results[6].data();
+      b.dprefix_v = results[7].data();
+    }
+    b.shape = p.shape;
+    b.rule = p.rule;
+    b.grad_out = {grad_out.data(), {heads * queries * d, queries * d, d, 1}};
+    b.grad_lse = grad_lse.data();
+    b.q = p.q;
+    b.k = p.k;
+    b.v = p.v;
+    b.prefix_k = p.prefix_k;
+    b.prefix_v = p.prefix_v;
+    b.out = {p.out.data, {heads * queries * d, d, heads * d, 1}};
+    b.lse = lse.data();
+    b.dq = {results[2].data(), {heads * queries * d, d, heads * d, 1}};
+    b.dk = {results[3].data(), {kv_heads * keys * d, d, kv_heads * d, 1}};
+    b.dv = {results[4].data(), {kv_heads * keys * d, d, kv_heads * d, 1}};
+    const int64_t bias_size[] = {1, heads, queries, keys};
+    for (int i = 0; i < 4; ++i) b.bias_size[i] = bias_size[i];
+    b.prefix_batch = 1;
+    backward(b);
     return results;
   };
   compare<T>(
       "attention", queries, keys, d,
       [&] {
-        return run([](AttentionForward& p) {
-          check(attention_cuda_declines(p) == nullptr, kWhere, "attention declines");
-          std::vector<float> workspace(attention_forward_workspace(p), NAN);
-          p.workspace = workspace.data();
-          check(attention_forward_cuda(p, nullptr) == 0, kWhere, "attention fails");
-        });
+        return run(
+            [](AttentionForward& p) {
+              check(attention_cuda_declines(p) == nullptr, kWhere, "attention declines");
+              std::vector<float> workspace(attention_forward_workspace(p), NAN);
+              p.workspace = workspace.data();
+              check(attention_forward_cuda(p, nullptr) == 0, kWhere, "attention fails");
+            },
+            [](AttentionBackward& p) {
+              check(attention_cuda_declines(p) == nullptr, kWhere, "its backward declines");
+              std::vector<float> workspace(attention_backward_workspace(p), NAN);
+              p.workspace = workspace.data();
+              check(attention_backward_cuda(p, nullptr) == 0, kWhere, "its backward fails");
+            });
       },
-      [&] { return run(cpu_level(0).attention->forward); });
+      [&] { return run(cpu_level(0).attention->forward, cpu_level(0).attention->backward); });
 }
 
 }  // namespace

@@ -80,6 +80,26 @@ FAULTS = [
      "for (int w = 1; w < KeyWarps; ++w) sum +=", "for (int w = 2; w < KeyWarps; ++w) sum +="),
     ("the parts are added with their own scale", "attention/attention_decode_cuda.cu",
      "exp2_fast((*partial.highest - shift_of(highest)) * unit)", "1.0f"),
+    ("columns of the random stream are drawn once for all", "attention/attention_dq_cuda.cu",
+     "number_of(i) != number_of(i - 1)", "false"),
+    ("a row too many gets a gradient", "attention/attention_dq_cuda.cu", "return row < rows.group.rows ?",
+     "return row <= rows.group.rows ?"),
+    ("a key before the first gets a gradient", "attention/attention_dkv_cuda.cu", "return key >= 0 && key <",
+     "return key <"),
+    ("dropout keeps other keys than in forward", "attention/attention_dkv_cuda.cu", "kept(keep, r, key)",
+     "kept(keep, r, key ^ 16)"),
+    ("the first queries that see a key are left out", "attention/attention_dkv_cuda.cu",
+     "first_row = first_query * group.group_size / kStep * kStep;",
+     "first_row = (first_query * group.group_size / kStep + 1) * kStep;"),
+    ("a tile of the bias gradient is read before all of it has landed", "attention/attention_dbias_cuda.cu",
+     "block_barrier();  // everyone's part of the tiles has landed", ""),
+    ("a part of a sum over blocks is left out", "attention/attention_backward_cuda.cu", "part < parts;",
+     "part + 1 < parts;"),
+    ("the gradient of lse is left out", "attention/attention_backward_cuda.cu", "total - grad_lse;", "total;"),
+    ("rows draw for their neighbours", "attention/attention_backward_cuda.cuh", "first_row + i / kKeepBytes,",
+     "first_row + i % kKeepBytes,"),
+    ("the derivative of the softcap is left out", "attention/attention_backward_cuda.cuh", "dscore * slope}",
+     "dscore}"),
 ]  # fmt: skip
 # Not found, and why: harmless where nothing is wrong otherwise.
 HARMLESS = {"nothing", "act(0) beyond the last token counts"}
@@ -93,6 +113,8 @@ def test_a_fault_is_found(tmp_path, fault, file, text, instead):
     broken.parent.mkdir(parents=True)
     broken.write_text(source.replace(text, instead, 1))
     includes_it = "attention/attention_cuda.cu" if file.startswith("attention") else "adapter/adapter_cuda.cu"
+    if "backward" in file:
+        includes_it = "attention/attention_dkv_cuda.cu"
     kernel = ROOT / "csrc" / includes_it if broken.suffix == ".cuh" else broken
     program = tmp_path / "program"
     compile_it = ["g++", *FLAGS, "-Wno-unknown-pragmas", "-I", tmp_path, "-I", ROOT / "csrc", "-x", "c++", kernel]
