@@ -50,11 +50,11 @@ class Backward {
     const int64_t chunks = ceil_div(p_.tokens, kChunkTokens);
     const int64_t chunk_tokens = chunks > 1 ? round_up(ceil_div(p_.tokens, chunks), kTokenBlock) : p_.tokens;
     tiles_ = token_tiles<E>(chunk_tokens, d_);
-    if (few_) tiles_ = {p_.tokens, p_.tokens, p_.tokens > 0 ? 1 : 0};
+    if (few_) tiles_ = tiles_of(p_.tokens, kFewTokens);
     chunk_units_ = units<E>(chunk_tokens);
     dz_ = scratch_.take<E>(sums_wanted_ ? panel_size<E>(chunk_units_, m_) : 0);
     h_ = scratch_.take<E>(up_wanted_ ? panel_size<E>(chunk_units_, m_) : 0);
-    tile_sums_ = scratch_.take<T>(dz_wanted_ ? (tiles_.count + 1) * row_stride_ : 0);
+    group_sums_ = scratch_.take<T>(dz_wanted_ ? (groups(chunk_tokens) + 1) * row_stride_ : 0);
     ddown_bias_ = scratch_.take<T>(row_stride_);
     for (int64_t k = 0; k < m_; ++k) ddown_bias_[k] = T{0};
     dup_bias_ = scratch_.take<T>(up_wanted_ ? padded<T>(d_) : 0);
@@ -70,8 +70,7 @@ class Backward {
       chunk_size_ = minimum(chunk_tokens, p_.tokens - chunk_);
       first_ = chunk_ == 0;
       last_ = chunk_ + chunk_size_ == p_.tokens;
-      tiles_.tokens = chunk_size_;
-      tiles_.count = tiles_.rows > 0 ? ceil_div(chunk_size_, tiles_.rows) : 0;
+      tiles_ = tiles_of(chunk_size_, tiles_.rows);
       token_pass();
       weight_pass();
       chunk_ += chunk_size_;
@@ -88,8 +87,8 @@ class Backward {
     } else {
       parallel_for(tiles_.count, [&](int64_t tile) { token_tile(tile); });
     }
-    for (int64_t tile = 0; dz_wanted_ && tile < tiles_.count; ++tile) {
-      for (int64_t k = 0; k < m_; ++k) ddown_bias_[k] += tile_sums_[tile * row_stride_ + k];
+    for (int64_t group = 0; dz_wanted_ && group < groups(chunk_size_); ++group) {
+      for (int64_t k = 0; k < m_; ++k) ddown_bias_[k] += group_sums_[group * row_stride_ + k];
     }
   }
 
@@ -103,7 +102,10 @@ class Backward {
     activation_rows(begin, rows, h, dz);
     if (up_wanted_) keep_rows(h, begin, rows, h_);
     if (sums_wanted_) keep_rows(dz, begin, rows, dz_);
-    if (dz_wanted_) column_sums(dz, rows, row_stride_, m_, tile_sums_ + tile * row_stride_);
+    for (int64_t i = 0; dz_wanted_ && i < rows; i += kTileMultiple) {
+      column_sums(dz + i * row_stride_, minimum(kTileMultiple, rows - i), row_stride_, m_,
+                  group_sums_ + (begin + i) / kTileMultiple * row_stride_);
+    }
     if (p_.dx == nullptr) return;
     const Tile<E> operand = operand_rows(dz, rows, scratch);
     if (normed_) {
@@ -113,6 +115,9 @@ class Backward {
     }
     if (streams_) finish_streaming();
   }
+
+  // dZ is summed by groups of so many tokens, however the tiles are cut.
+  static int64_t groups(int64_t tokens) { return ceil_div(tokens, kTileMultiple); }
 
   const X* input(int64_t token) const { return static_cast<const X*>(p_.x) + token * p_.x_row_stride; }
   const X* grad_out(int64_t token) const { return static_cast<const X*>(p_.grad_out) + token * p_.grad_out_row_stride; }
@@ -457,11 +462,11 @@ class Backward {
   // one chunk
   int64_t chunk_ = 0, chunk_size_ = 0;  // its first token, its tokens
   bool first_ = true, last_ = true;
-  TokenTiles tiles_{};
+  Tiles tiles_{};
   int64_t chunk_units_ = 0;  // what kept() counts in
   E* dz_ = nullptr;          // (chunk, bottleneck), in panels
   E* h_ = nullptr;           // likewise
-  T* tile_sums_ = nullptr;   // (tiles, bottleneck): sums of dZ over a tile
+  T* group_sums_ = nullptr;  // (groups, bottleneck): sums of dZ over a group
 
   // all of them
   T* ddown_bias_ = nullptr;  // (bottleneck)

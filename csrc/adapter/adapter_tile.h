@@ -31,27 +31,35 @@ constexpr int64_t buffer_stride(int64_t n) {
 
 // ---- cutting the tokens ----
 
-// Tiles of about equal size: small enough that a tile of model_dim columns stays in the second-level cache, and an even
-// number of them, of at least 16 if the tokens suffice, so that the threads finish together.
-struct TokenTiles {
-  int64_t tokens, rows, count;
+// [0, total) in tiles of `rows`; the last may have a few more, see tiles_of.
+struct Tiles {
+  int64_t total, rows, count;
 
   int64_t begin(int64_t tile) const { return tile * rows; }
-  int64_t size(int64_t tile) const { return minimum(rows, tokens - tile * rows); }
+  int64_t size(int64_t tile) const { return tile + 1 < count ? rows : total - tile * rows; }
 };
 
+// Tiles begin at multiples of it: where a product takes 16 or 32 rows at once, 16 do.
+constexpr int64_t kTileMultiple = 16;
+
+// The matrix registers leave four rows and fewer to the vectors, which round otherwise (tile_amx.h). So that no result
+// depends on the cut, no tile is so small unless all is.
+inline Tiles tiles_of(int64_t total, int64_t rows) {
+  constexpr int64_t kSmall = 4;
+  return {total, rows, total > 0 ? maximum<int64_t>(1, ceil_div(total - kSmall, rows)) : 0};
+}
+
+// Tokens in tiles of about equal size, as many for each thread: small enough that a tile of model_dim columns stays in the
+// second-level cache beside the weights, large enough that the weights are not fetched for a few rows only. Nothing is
+// summed over a tile, so the number of threads, which this asks for, changes no result.
 template <class E>
-TokenTiles token_tiles(int64_t tokens, int64_t model_dim) {
-  constexpr int64_t kMostRows = 48, kLeastRows = 16, kWantedTiles = 16;
+Tiles token_tiles(int64_t tokens, int64_t model_dim) {
+  constexpr int64_t kMostRows = 96, kLeastRows = 16;
   constexpr int64_t kTileBytes = 384 * 1024;
   const int64_t row_bytes = model_dim * static_cast<int64_t>(sizeof(SumOf<E>));
   const int64_t most = maximum(kLeastRows, minimum(kMostRows, kTileBytes / row_bytes));
-  const int64_t wanted = minimum(kWantedTiles, ceil_div(tokens, kLeastRows));
-  const int64_t tiles = round_up(maximum(wanted, ceil_div(tokens, most)), 2);
-  // Neighbours that are multiplied as a pair stay together; and where a product takes 16 or 32 rows at once, 16 do.
-  constexpr int64_t kMultiple = kTileRows<E> % 16 == 0 ? 16 : kUnit<E>;
-  const int64_t rows = round_up(maximum<int64_t>(1, ceil_div(tokens, maximum<int64_t>(1, tiles))), kMultiple);
-  return {tokens, rows, ceil_div(tokens, rows)};
+  const int64_t tiles = maximum<int64_t>(1, round_up(ceil_div(tokens, most), thread_count()));
+  return tiles_of(tokens, round_up(maximum<int64_t>(1, ceil_div(tokens, tiles)), kTileMultiple));
 }
 
 // ---- weights ----
