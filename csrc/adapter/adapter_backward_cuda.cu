@@ -68,27 +68,8 @@ LWFT_DEVICE float factor_of(const AdapterBackward& p, const Dropout& dropout) {
 template <class T>
 LWFT_DEVICE void copy_tokens(T* to, const void* from, int64_t row_stride, int64_t first_row, int64_t column,
                              const AdapterBackward& p) {
-  copy_rows(to, kRows, kChunk, static_cast<const T*>(from) + first_row * row_stride + column, row_stride,
-            p.tokens - first_row, p.model_dim - column);
-}
-
-// The loop over the chunks of 64 columns: load(chunk, stage) starts copies, use(chunk, stage) finds them landed.
-template <class T, class Load, class Use>
-LWFT_DEVICE void for_chunks(int chunks, T* stages, int stage_elements, const Load& load, const Use& use) {
-  load(0, stages);
-  copy_commit();
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    if (chunk + 1 < chunks) {
-      load(chunk + 1, stages + (chunk + 1) % kStages * stage_elements);
-      copy_commit();
-      copy_wait<1>();
-    } else {
-      copy_wait<0>();
-    }
-    block_barrier();  // everyone's part of this chunk has landed
-    use(chunk, stages + chunk % kStages * stage_elements);
-    block_barrier();  // the stage is free for the chunk after the next
-  }
+  copy_rows<kThreads>(to, kRows, kChunk, static_cast<const T*>(from) + first_row * row_stride + column, row_stride,
+                      p.tokens - first_row, p.model_dim - column);
 }
 
 // ---- dz and dx ----
@@ -108,8 +89,8 @@ LWFT_DEVICE void up_gradient(const AdapterBackward& p, const Dropout& dropout, i
   const auto load = [&](int chunk, T* stage) {
     const int64_t column = static_cast<int64_t>(chunk) * kChunk;
     copy_tokens(stage, p.grad_out, p.grad_out_row_stride, first_row, column, p);
-    copy_rows(stage + kRows * kStride, kChunk, M, static_cast<const T*>(p.up_weight) + column * p.bottleneck,
-              p.bottleneck, p.model_dim - column, p.bottleneck);
+    copy_rows<kThreads>(stage + kRows * kStride, kChunk, M, static_cast<const T*>(p.up_weight) + column * p.bottleneck,
+                        p.bottleneck, p.model_dim - column, p.bottleneck);
   };
   const auto use = [&](int chunk, T* stage) {
     const T* weight = stage + kRows * kStride;
@@ -191,8 +172,8 @@ LWFT_DEVICE void input_gradient(const AdapterBackward& p, int64_t first_row, con
   const T* gamma = static_cast<const T*>(p.norm_weight);
   const auto load = [&](int chunk, T* stage) {
     const int64_t column = static_cast<int64_t>(chunk) * kChunk;
-    copy_rows(stage, M, kChunk, static_cast<const T*>(p.down_weight) + column, p.model_dim, p.bottleneck,
-              p.model_dim - column);
+    copy_rows<kThreads>(stage, M, kChunk, static_cast<const T*>(p.down_weight) + column, p.model_dim, p.bottleneck,
+                        p.model_dim - column);
     if (norm) copy_tokens(stage + M * kStride, p.x, p.x_row_stride, first_row, column, p);
     if (p.residual_is_x) {
       copy_tokens(stage + (M + kRows) * kStride, p.grad_out, p.grad_out_row_stride, first_row, column, p);
@@ -360,8 +341,8 @@ adapter_weights_kernel(AdapterBackward p, Workspace space) {
   const bool norm_gradients = norm && (p.dnorm_weight != nullptr || p.dnorm_bias != nullptr);
 
   if (norm_gradients) {
-    copy_rows(down_weight, M, kChunk, static_cast<const T*>(p.down_weight) + first_column, p.model_dim, p.bottleneck,
-              p.model_dim - first_column);
+    copy_rows<kThreads>(down_weight, M, kChunk, static_cast<const T*>(p.down_weight) + first_column, p.model_dim,
+                        p.bottleneck, p.model_dim - first_column);
   }
   float dup[M / 8][4] = {}, ddown[M / 8][4] = {};
   float dnorm_weight[kChunk / 8][2] = {}, dnorm_bias[kChunk / 8][2] = {};
@@ -372,10 +353,11 @@ adapter_weights_kernel(AdapterBackward p, Workspace space) {
     copy_tokens(stage, p.grad_out, p.grad_out_row_stride, first_row, first_column, p);
     copy_tokens(stage + kRows * kStride, p.x, p.x_row_stride, first_row, first_column, p);
     T* hidden = stage + 2 * kRows * kStride;
-    copy_rows(hidden, kRows, M, static_cast<const T*>(p.hidden) + first_row * p.bottleneck, p.bottleneck,
-              p.tokens - first_row, p.bottleneck);
-    copy_rows(hidden + kRows * (M + kPad), kRows, M, static_cast<const T*>(p.workspace) + first_row * p.bottleneck,
-              p.bottleneck, p.tokens - first_row, p.bottleneck);
+    copy_rows<kThreads>(hidden, kRows, M, static_cast<const T*>(p.hidden) + first_row * p.bottleneck, p.bottleneck,
+                        p.tokens - first_row, p.bottleneck);
+    copy_rows<kThreads>(hidden + kRows * (M + kPad), kRows, M,
+                        static_cast<const T*>(p.workspace) + first_row * p.bottleneck, p.bottleneck,
+                        p.tokens - first_row, p.bottleneck);
   };
   const auto use = [&](int tile, T* stage) {
     const int64_t first_row = (first_tile + tile) * kRows;

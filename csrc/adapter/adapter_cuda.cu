@@ -60,26 +60,14 @@ template <class T, int M>
 LWFT_DEVICE void down_product(const AdapterForward& p, int64_t first_row, const float* mean, const float* rstd,
                               T* stages, float (&z)[M / 8][4]) {
   const int lane = thread_index() % kWarpLanes, warp = thread_index() / kWarpLanes;
-  const int chunks = static_cast<int>((p.model_dim + kChunk - 1) / kChunk);
-  const auto load = [&](int chunk) {
-    T* stage = stages + chunk % kStages * kStageElements<M>;
+  const auto load = [&](int chunk, T* stage) {
     const int64_t column = static_cast<int64_t>(chunk) * kChunk;
-    copy_rows(stage, kRows, kChunk, static_cast<const T*>(p.x) + first_row * p.x_row_stride + column, p.x_row_stride,
-              p.tokens - first_row, p.model_dim - column);
-    copy_rows(stage + kRows * (kChunk + kPad), M, kChunk, static_cast<const T*>(p.down_weight) + column, p.model_dim,
-              p.bottleneck, p.model_dim - column);
-    copy_commit();
+    copy_rows<kThreads>(stage, kRows, kChunk, static_cast<const T*>(p.x) + first_row * p.x_row_stride + column,
+                        p.x_row_stride, p.tokens - first_row, p.model_dim - column);
+    copy_rows<kThreads>(stage + kRows * (kChunk + kPad), M, kChunk, static_cast<const T*>(p.down_weight) + column,
+                        p.model_dim, p.bottleneck, p.model_dim - column);
   };
-  load(0);
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    if (chunk + 1 < chunks) {
-      load(chunk + 1);
-      copy_wait<1>();
-    } else {
-      copy_wait<0>();
-    }
-    block_barrier();  // everyone's part of this chunk has landed
-    T* x = stages + chunk % kStages * kStageElements<M>;
+  const auto use = [&](int chunk, T* x) {
     const T* weight = x + kRows * (kChunk + kPad);
     if (p.norm_weight != nullptr) {
       normalise(p, first_row, chunk * kChunk, mean, rstd, x);
@@ -94,8 +82,8 @@ LWFT_DEVICE void down_product(const AdapterForward& p, int64_t first_row, const 
         multiply_pair(&z[2 * j], a, weight + j * 16 * (kChunk + kPad) + k, kChunk + kPad);
       }
     }
-    block_barrier();  // the stage is free for the chunk after the next
-  }
+  };
+  for_chunks(static_cast<int>((p.model_dim + kChunk - 1) / kChunk), stages, kStageElements<M>, load, use);
 }
 
 // Adds the bias, stores z, and leaves act(z) as A fragments for the second product.
@@ -158,23 +146,12 @@ LWFT_DEVICE void store_chunk(const AdapterForward& p, const Dropout& dropout, in
 template <class T, int M>
 LWFT_DEVICE void up_product(const AdapterForward& p, int64_t first_row, T* stages, const uint32_t (&h)[M / 16][4]) {
   const Dropout dropout = device_dropout(p.dropout, p.device_seed);
-  const int chunks = static_cast<int>((p.model_dim + kChunk - 1) / kChunk);
-  const auto load = [&](int chunk) {
+  const auto load = [&](int chunk, T* stage) {
     const int64_t row = static_cast<int64_t>(chunk) * kChunk;
-    copy_rows(stages + chunk % kStages * kStageElements<M>, kChunk, M,
-              static_cast<const T*>(p.up_weight) + row * p.bottleneck, p.bottleneck, p.model_dim - row, p.bottleneck);
-    copy_commit();
+    copy_rows<kThreads>(stage, kChunk, M, static_cast<const T*>(p.up_weight) + row * p.bottleneck, p.bottleneck,
+                        p.model_dim - row, p.bottleneck);
   };
-  load(0);
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    if (chunk + 1 < chunks) {
-      load(chunk + 1);
-      copy_wait<1>();
-    } else {
-      copy_wait<0>();
-    }
-    block_barrier();
-    const T* weight = stages + chunk % kStages * kStageElements<M>;
+  const auto use = [&](int chunk, const T* weight) {
     float y[kChunk / 8][4] = {};
 #pragma unroll
     for (int k = 0; k < M / 16; ++k) {
@@ -184,8 +161,8 @@ LWFT_DEVICE void up_product(const AdapterForward& p, int64_t first_row, T* stage
       }
     }
     store_chunk<T>(p, dropout, first_row, chunk * kChunk, y);
-    block_barrier();
-  }
+  };
+  for_chunks(static_cast<int>((p.model_dim + kChunk - 1) / kChunk), stages, kStageElements<M>, load, use);
 }
 
 template <class T, int M>

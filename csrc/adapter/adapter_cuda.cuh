@@ -1,21 +1,15 @@
-// What the adapter's CUDA kernels share: the tile of 64 tokens by 64 columns, its copies, and products with it.
+// What the adapter's CUDA kernels share: the tile of 64 tokens by 64 columns, the activations, and LayerNorm of a tile.
 #pragma once
 #include "adapter/adapter.h"
 #include "common/cuda/dropout.cuh"
 #include "common/cuda/row.cuh"
+#include "common/cuda/tile.cuh"
 
 namespace lwft::cuda {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpLanes;
 constexpr int kRows = 16 * kWarps;  // tokens of a block, 16 (one mma tile) per warp
 constexpr int kChunk = 64;          // columns of x, and of out, per stage
-constexpr int kPad = 8;             // 16 bytes more per row: the 8 rows of an ldmatrix then lie in different banks
-constexpr int kStages = 2;
-
-template <class T>
-LWFT_DEVICE const Vector8<T>& vector_at(const T* from) {
-  return *reinterpret_cast<const Vector8<T>*>(from);
-}
 
 LWFT_DEVICE float activate(Activation activation, float x) {
   switch (activation) {
@@ -59,23 +53,6 @@ LWFT_DEVICE float activation_slope(Activation activation, float x) {
   return 1.0f;
 }
 
-template <class T>
-LWFT_DEVICE uint32_t pack(float low, float high) {
-  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
-}
-
-// Starts the copy of rows of 8-element vectors into a stage; what lies outside the matrix becomes zero.
-template <class T>
-LWFT_DEVICE void copy_rows(T* to, int rows, int columns, const T* from, int64_t row_stride, int64_t rows_left,
-                           int64_t columns_left) {
-  const int vectors = columns / 8;
-  for (int i = thread_index(); i < rows * vectors; i += kThreads) {
-    const int r = i / vectors, c = i % vectors * 8;
-    const bool valid = r < rows_left && c < columns_left;
-    copy_async(to + r * (columns + kPad) + c, valid ? from + r * row_stride + c : from, valid);
-  }
-}
-
 // The staged chunk of x becomes (x - mean) * rstd * weight + bias, in place.
 template <class T, class P>
 LWFT_DEVICE void normalise(const P& p, int64_t first_row, int first_column, const float* mean, const float* rstd,
@@ -93,27 +70,6 @@ LWFT_DEVICE void normalise(const P& p, int64_t first_row, int first_column, cons
       v.element[e] = from_float<T>((to_float(v.element[e]) - mean[r]) * rstd[r] * w + b);
     }
   }
-}
-
-// Two mma tiles of 8 columns each: acc[0], acc[1] += A B^T, B (16 columns, 16 of the sum) in shared memory with row stride
-// `stride`.
-template <class T>
-LWFT_DEVICE void multiply_pair(float (*acc)[4], const uint32_t (&a)[4], const T* b, int stride) {
-  const int lane = thread_index() % kWarpLanes;
-  uint32_t fragment[4];
-  ldmatrix_x4(fragment, b + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8);
-  mma<T>(acc[0], a, fragment[0], fragment[1]);
-  mma<T>(acc[1], a, fragment[2], fragment[3]);
-}
-
-// The same with B^T (16 of the sum, 16 columns) in shared memory, transposed on the way.
-template <class T>
-LWFT_DEVICE void multiply_pair_transposed(float (*acc)[4], const uint32_t (&a)[4], const T* b, int stride) {
-  const int lane = thread_index() % kWarpLanes;
-  uint32_t fragment[4];
-  ldmatrix_x4_transposed(fragment, b + (lane % 8 + lane / 8 % 2 * 8) * stride + lane / 16 * 8);
-  mma<T>(acc[0], a, fragment[0], fragment[1]);
-  mma<T>(acc[1], a, fragment[2], fragment[3]);
 }
 
 }  // namespace lwft::cuda

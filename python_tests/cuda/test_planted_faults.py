@@ -32,10 +32,10 @@ FAULTS = [
      "for (int64_t block = 0; block + 1 < blocks; ++block)"),
     ("dropout draws for the wrong column", "norm/norm_cuda.cu", "const int column = lane.column + e;",
      "const int column = lane.column + (e ^ 1);"),
-    ("the wrong wait count", "adapter/adapter_cuda.cu", "copy_wait<1>();", "copy_wait<2>();"),
-    ("a stage is written while it is read", "adapter/adapter_cuda.cu",
+    ("the wrong wait count", "common/cuda/tile.cuh", "copy_wait<1>();", "copy_wait<2>();"),
+    ("a stage is written while it is read", "common/cuda/tile.cuh",
      "block_barrier();  // the stage is free for the chunk after the next", ""),
-    ("a chunk is read before all of it has landed", "adapter/adapter_cuda.cu",
+    ("a chunk is read before all of it has landed", "common/cuda/tile.cuh",
      "block_barrier();  // everyone's part of this chunk has landed", ""),
     ("the wrong column of a fragment", "adapter/adapter_cuda.cu", "const int column = j * 8 + lane % 4 * 2;",
      "const int column = j * 8 + lane % 4;"),
@@ -61,10 +61,13 @@ HARMLESS = {"nothing", "act(0) beyond the last token counts"}
 def test_a_fault_is_found(tmp_path, fault, file, text, instead):
     source = (ROOT / "csrc" / file).read_text()
     assert text in source, "the kernel has changed: plant the fault in the text that is there now"
-    broken = tmp_path / "broken.cpp"
+    broken = tmp_path / file
+    broken.parent.mkdir(parents=True)
     broken.write_text(source.replace(text, instead, 1))
+    kernel = ROOT / "csrc" / "adapter" / "adapter_cuda.cu" if broken.suffix == ".cuh" else broken
     program = tmp_path / "program"
-    compile_it = ["g++", *FLAGS, "-Wno-unknown-pragmas", "-I", ROOT / "csrc", broken, TEST, *LIBRARIES, "-pthread"]
-    subprocess.run([*compile_it, "-o", program], check=True, capture_output=True)
+    compile_it = ["g++", *FLAGS, "-Wno-unknown-pragmas", "-I", tmp_path, "-I", ROOT / "csrc", "-x", "c++", kernel]
+    link = ["-x", "none", TEST, *LIBRARIES, "-pthread", "-o", program]
+    subprocess.run([*compile_it, *link], check=True, capture_output=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode == 0) == (fault in HARMLESS), done.stdout + done.stderr
