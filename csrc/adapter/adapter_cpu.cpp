@@ -37,10 +37,11 @@ class Forward {
  private:
   // Z = N Wd^T + bd, N = LayerNorm(X);  out = residual + dropout(scale * (act(Z) Wu^T + bu)), tile by tile.
   void run_tiles() {
-    const PackedWeight<E> down(p_.param_dtype, p_.down_weight, 1, d_, d_, m_, scratch_);
-    const PackedWeight<E> up(p_.param_dtype, p_.up_weight, 1, m_, m_, d_, scratch_);
-    pack(down, up);
     const Tiles tiles = token_tiles<E>(p_.tokens, d_);
+    const bool shared = shares_packs(tiles);
+    const PackedWeight<E> down(p_.param_dtype, p_.down_weight, 1, d_, d_, m_, shared, scratch_);
+    const PackedWeight<E> up(p_.param_dtype, p_.up_weight, 1, m_, m_, d_, shared, scratch_);
+    pack(down, up);
     parallel_for(tiles.count, [&](int64_t tile) {
       const int64_t begin = tiles.begin(tile), rows = tiles.size(tile);
       const int64_t z_stride = padded<T>(m_), h_stride = kIsPair<E> ? buffer_stride<E>(units<E>(m_)) : z_stride;
@@ -53,12 +54,12 @@ class Forward {
       } else {
         h = z;
       }
-      gemm(rows, m_, units<E>(d_), input.data, input.row_stride, 1, down.panels(), z, z_stride, Mode::overwrite);
+      down.multiply(rows, input, 0, m_, z, z_stride);
       bottleneck_rows(begin, rows, z, z_stride, h, h_stride);
       T* y = scratch.take<T>(rows * kBlockColumns);
       for (int64_t j = 0; j < d_; j += kBlockColumns) {
         const int64_t columns = minimum(kBlockColumns, d_ - j);
-        gemm(rows, columns, units<E>(m_), h, h_stride, 1, up.panels(j), y, kBlockColumns, Mode::overwrite);
+        up.multiply(rows, {h, h_stride}, j, columns, y, kBlockColumns);
         branch_rows(begin, rows, j, columns, y);
       }
       if (streams_) finish_streaming();
@@ -172,12 +173,12 @@ class Forward {
     const int64_t tokens = p_.tokens, stride = padded<T>(m_);
     const Tile<T> input = input_rows(0, tokens, scratch_);
     T* z = scratch_.take<T>(tokens * stride);
-    for_column_slices(m_, d_, [&](int64_t begin, int64_t end) {
+    for_column_slices(tokens, m_, d_, kDotColumns, [&](int64_t begin, int64_t end) {
       dot_rows(tokens, end - begin, d_, input.data, input.row_stride, p_.param_dtype,
                element(p_.param_dtype, p_.down_weight, begin * d_), d_, z + begin, stride, Mode::overwrite);
     });
     bottleneck_rows(0, tokens, z, stride, z, stride);
-    for_column_slices(d_, m_, [&](int64_t begin, int64_t end) {
+    for_column_slices(tokens, d_, m_, kBlockColumns, [&](int64_t begin, int64_t end) {
       T y[kFewTokens * kBlockColumns];
       for (int64_t j = begin; j < end; j += kBlockColumns) {
         const int64_t columns = minimum(kBlockColumns, end - j);
