@@ -24,6 +24,9 @@ constexpr int64_t kChunkTokens = 2048;
 // Tokens at a time in the second pass: one block of the sum over tokens.
 constexpr int64_t kTokenBlock = 256;
 
+// Both products are with a weight as it lies (combine_rows), which pays up to twice as many tokens as in forward.
+constexpr int64_t kFewTokensBackward = 2 * kFewTokens;
+
 template <class E, class X>
 class Backward {
   using T = SumOf<E>;
@@ -33,7 +36,7 @@ class Backward {
       : p_(p),
         d_(p.model_dim),
         m_(p.bottleneck),
-        few_(!kIsPair<E> && p.tokens <= kFewTokens),
+        few_(!kIsPair<E> && p.tokens <= kFewTokensBackward),
         normed_(p.norm_weight != nullptr),
         up_wanted_(p.dup_weight != nullptr || p.dup_bias != nullptr),
         sums_wanted_(p.ddown_weight != nullptr || p.dnorm_weight != nullptr),
@@ -42,19 +45,20 @@ class Backward {
         row_stride_(buffer_stride<T>(m_)),
         norm_weight_(normed_ ? parameter_row(p.param_dtype, p.norm_weight, d_, T{1}, scratch_) : nullptr),
         norm_bias_(normed_ ? parameter_row(p.param_dtype, p.norm_bias, d_, T{0}, scratch_) : nullptr),
-        up_(p.param_dtype, p.up_weight, m_, 1, few_ || !dz_wanted_ ? 0 : d_, m_, scratch_),
-        down_(p.param_dtype, p.down_weight, d_, 1, few_ || p.dx == nullptr ? 0 : m_, d_, scratch_),
+        shared_(p.tokens > kChunkTokens || shares_packs(token_tiles<E>(p.tokens, d_))),
+        up_(p.param_dtype, p.up_weight, m_, 1, few_ || !dz_wanted_ ? 0 : d_, m_, shared_, scratch_),
+        down_(p.param_dtype, p.down_weight, d_, 1, few_ || p.dx == nullptr ? 0 : m_, d_, shared_, scratch_),
         streams_(p.dx != nullptr && may_stream<T>(p.dtype, p.dx, p.tokens, d_)) {}
 
   void run() {
     const int64_t chunks = ceil_div(p_.tokens, kChunkTokens);
     const int64_t chunk_tokens = chunks > 1 ? round_up(ceil_div(p_.tokens, chunks), kTokenBlock) : p_.tokens;
     tiles_ = token_tiles<E>(chunk_tokens, d_);
-    if (few_) tiles_ = {p_.tokens, p_.tokens, p_.tokens > 0 ? 1 : 0};
+    if (few_) tiles_ = tiles_of(p_.tokens, kFewTokensBackward);
     chunk_units_ = units<E>(chunk_tokens);
     dz_ = scratch_.take<E>(sums_wanted_ ? panel_size<E>(chunk_units_, m_) : 0);
     h_ = scratch_.take<E>(up_wanted_ ? panel_size<E>(chunk_units_, m_) : 0);
-    tile_sums_ = scratch_.take<T>(dz_wanted_ ? (tiles_.count + 1) * row_stride_ : 0);
+    group_sums_ = scratch_.take<T>(dz_wanted_ ? (groups(chunk_tokens) + 1) * row_stride_ : 0);
     ddown_bias_ = scratch_.take<T>(row_stride_);
     for (int64_t k = 0; k < m_; ++k) ddown_bias_[k] = T{0};
     dup_bias_ = scratch_.take<T>(up_wanted_ ? padded<T>(d_) : 0);
@@ -70,8 +74,7 @@ class Backward {
       chunk_size_ = minimum(chunk_tokens, p_.tokens - chunk_);
       first_ = chunk_ == 0;
       last_ = chunk_ + chunk_size_ == p_.tokens;
-      tiles_.tokens = chunk_size_;
-      tiles_.count = tiles_.rows > 0 ? ceil_div(chunk_size_, tiles_.rows) : 0;
+      tiles_ = tiles_of(chunk_size_, tiles_.rows);
       token_pass();
       weight_pass();
       chunk_ += chunk_size_;
@@ -88,8 +91,8 @@ class Backward {
     } else {
       parallel_for(tiles_.count, [&](int64_t tile) { token_tile(tile); });
     }
-    for (int64_t tile = 0; dz_wanted_ && tile < tiles_.count; ++tile) {
-      for (int64_t k = 0; k < m_; ++k) ddown_bias_[k] += tile_sums_[tile * row_stride_ + k];
+    for (int64_t group = 0; dz_wanted_ && group < groups(chunk_size_); ++group) {
+      for (int64_t k = 0; k < m_; ++k) ddown_bias_[k] += group_sums_[group * row_stride_ + k];
     }
   }
 
@@ -103,7 +106,10 @@ class Backward {
     activation_rows(begin, rows, h, dz);
     if (up_wanted_) keep_rows(h, begin, rows, h_);
     if (sums_wanted_) keep_rows(dz, begin, rows, dz_);
-    if (dz_wanted_) column_sums(dz, rows, row_stride_, m_, tile_sums_ + tile * row_stride_);
+    for (int64_t i = 0; dz_wanted_ && i < rows; i += kTileMultiple) {
+      column_sums(dz + i * row_stride_, minimum(kTileMultiple, rows - i), row_stride_, m_,
+                  group_sums_ + (begin + i) / kTileMultiple * row_stride_);
+    }
     if (p_.dx == nullptr) return;
     const Tile<E> operand = operand_rows(dz, rows, scratch);
     if (normed_) {
@@ -113,6 +119,9 @@ class Backward {
     }
     if (streams_) finish_streaming();
   }
+
+  // dZ is summed by groups of so many tokens, however the tiles are cut.
+  static int64_t groups(int64_t tokens) { return ceil_div(tokens, kTileMultiple); }
 
   const X* input(int64_t token) const { return static_cast<const X*>(p_.x) + token * p_.x_row_stride; }
   const X* grad_out(int64_t token) const { return static_cast<const X*>(p_.grad_out) + token * p_.grad_out_row_stride; }
@@ -149,14 +158,14 @@ class Backward {
     const Tile<E> g = gradient_rows(begin, rows, scratch);
     if constexpr (!kIsPair<E>) {
       if (few_) {
-        for_column_slices(m_, d_, [&](int64_t from, int64_t to) {
+        for_column_slices(rows, m_, d_, kCombineColumns<T>, [&](int64_t from, int64_t to) {
           combine_rows(rows, to - from, d_, g.data, g.row_stride, p_.param_dtype,
                        element(p_.param_dtype, p_.up_weight, from), m_, product + from, row_stride_, Mode::overwrite);
         });
         return;
       }
     }
-    gemm(rows, m_, units<E>(d_), g.data, g.row_stride, 1, up_.panels(), product, row_stride_, Mode::overwrite);
+    up_.multiply(rows, g, 0, m_, product, row_stride_);
   }
 
   // Rows of G as E: grad_out where it lies, if that is the same.
@@ -220,7 +229,7 @@ class Backward {
       }
     };
     if (few_) {
-      for_column_slices(d_, m_, blocks);
+      for_column_slices(rows, d_, m_, kBlockColumns, blocks);
     } else {
       blocks(0, d_);
     }
@@ -232,8 +241,9 @@ class Backward {
     const int64_t stride = buffer_stride<T>(d_);
     T* dn = scratch.take<T>(rows * stride);
     if (few_) {
-      for_column_slices(
-          d_, m_, [&](int64_t from, int64_t to) { times_down_weight(dz, rows, from, to - from, dn + from, stride); });
+      for_column_slices(rows, d_, m_, kCombineColumns<T>, [&](int64_t from, int64_t to) {
+        times_down_weight(dz, rows, from, to - from, dn + from, stride);
+      });
     } else {
       times_down_weight(dz, rows, 0, d_, dn, stride);
     }
@@ -267,7 +277,7 @@ class Backward {
         return;
       }
     }
-    gemm(rows, columns, units<E>(m_), dz.data, dz.row_stride, 1, down_.panels(j), result, stride, Mode::overwrite);
+    down_.multiply(rows, dz, j, columns, result, stride);
   }
 
   // body(at, k, n) with n = (x - mean) rstd, for the columns j0 .. j0 + count.
@@ -451,17 +461,18 @@ class Backward {
   Scratch scratch_;
   const T* norm_weight_;
   const T* norm_bias_;
+  const bool shared_;  // the packs
   const PackedWeight<E> up_, down_;
   const bool streams_;
 
   // one chunk
   int64_t chunk_ = 0, chunk_size_ = 0;  // its first token, its tokens
   bool first_ = true, last_ = true;
-  TokenTiles tiles_{};
+  Tiles tiles_{};
   int64_t chunk_units_ = 0;  // what kept() counts in
   E* dz_ = nullptr;          // (chunk, bottleneck), in panels
   E* h_ = nullptr;           // likewise
-  T* tile_sums_ = nullptr;   // (tiles, bottleneck): sums of dZ over a tile
+  T* group_sums_ = nullptr;  // (groups, bottleneck): sums of dZ over a group
 
   // all of them
   T* ddown_bias_ = nullptr;  // (bottleneck)

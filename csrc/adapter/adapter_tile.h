@@ -13,8 +13,13 @@ namespace lwft::LWFT_ISA {
 
 // Up to so many tokens a weight is not worth packing: it is read once where it lies (dot_rows, combine_rows).
 constexpr int64_t kFewTokens = 8;
-// Then the work is cut into slices of a weight, of about so many elements each, for the threads.
-constexpr int64_t kSliceElements = 64 * 1024;
+// Then the work is cut into slices of a weight for the threads. With fewer products than this a slice is done before
+// another thread has woken.
+constexpr int64_t kSliceProducts = 64 * 1024;
+// dot_rows takes four columns at once, combine_rows up to four vectors of them.
+constexpr int64_t kDotColumns = 4;
+template <class T>
+constexpr int64_t kCombineColumns = 4 * kLanes<T>;
 
 // Columns of the (tokens, model_dim) branch at a time, out of the cache and into memory: whole panels, and whole
 // blocks of 64 columns of the random stream.
@@ -31,37 +36,52 @@ constexpr int64_t buffer_stride(int64_t n) {
 
 // ---- cutting the tokens ----
 
-// Tiles of about equal size: small enough that a tile of model_dim columns stays in the second-level cache, and an even
-// number of them, of at least 16 if the tokens suffice, so that the threads finish together.
-struct TokenTiles {
-  int64_t tokens, rows, count;
+// [0, total) in tiles of `rows`; the last may have a few more, see tiles_of.
+struct Tiles {
+  int64_t total, rows, count;
 
   int64_t begin(int64_t tile) const { return tile * rows; }
-  int64_t size(int64_t tile) const { return minimum(rows, tokens - tile * rows); }
+  int64_t size(int64_t tile) const { return tile + 1 < count ? rows : total - tile * rows; }
 };
 
+// Tiles begin at multiples of it: where a product takes 16 or 32 rows at once, 16 do.
+constexpr int64_t kTileMultiple = 16;
+
+// The matrix registers leave four rows and fewer to the vectors, which round otherwise (tile_amx.h). So that no result
+// depends on the cut, no tile is so small unless all is.
+inline Tiles tiles_of(int64_t total, int64_t rows) {
+  constexpr int64_t kSmall = 4;
+  return {total, rows, total > 0 ? maximum<int64_t>(1, ceil_div(total - kSmall, rows)) : 0};
+}
+
+// Tokens in tiles of about equal size, as many for each thread: small enough that a tile of model_dim columns stays in the
+// second-level cache beside the weights, large enough that the weights are not fetched for a few rows only. Nothing is
+// summed over a tile, so the number of threads, which this asks for, changes no result.
 template <class E>
-TokenTiles token_tiles(int64_t tokens, int64_t model_dim) {
-  constexpr int64_t kMostRows = 48, kLeastRows = 16, kWantedTiles = 16;
+Tiles token_tiles(int64_t tokens, int64_t model_dim) {
+  constexpr int64_t kMostRows = 128, kLeastMostRows = 64;
   constexpr int64_t kTileBytes = 384 * 1024;
   const int64_t row_bytes = model_dim * static_cast<int64_t>(sizeof(SumOf<E>));
-  const int64_t most = maximum(kLeastRows, minimum(kMostRows, kTileBytes / row_bytes));
-  const int64_t wanted = minimum(kWantedTiles, ceil_div(tokens, kLeastRows));
-  const int64_t tiles = round_up(maximum(wanted, ceil_div(tokens, most)), 2);
-  // Neighbours that are multiplied as a pair stay together; and where a product takes 16 or 32 rows at once, 16 do.
-  constexpr int64_t kMultiple = kTileRows<E> % 16 == 0 ? 16 : kUnit<E>;
-  const int64_t rows = round_up(maximum<int64_t>(1, ceil_div(tokens, maximum<int64_t>(1, tiles))), kMultiple);
-  return {tokens, rows, ceil_div(tokens, rows)};
+  const int64_t most = maximum(kLeastMostRows, minimum(kMostRows, kTileBytes / row_bytes));
+  const int64_t tiles = maximum<int64_t>(1, round_up(ceil_div(tokens, most), thread_count()));
+  return tiles_of(tokens, round_up(maximum<int64_t>(1, ceil_div(tokens, tiles)), kTileMultiple));
 }
 
 // ---- weights ----
 
-// A weight packed as the right-hand side of gemm, in tasks of equal size.
+// Whether the threads pack a weight together and then share it. Else each packs what it needs next, as it needs it: where
+// a thread has a tile or two the pack stays in its own cache, and nobody waits or fetches what another has just written.
+inline bool shares_packs(const Tiles& tiles) {
+  constexpr int64_t kTilesPerThread = 2, kRowsWorthAPack = 32;
+  return tiles.count > kTilesPerThread * thread_count() || tiles.rows < kRowsWorthAPack;
+}
+
+// A weight as the right-hand side of gemm; if shared, packed in tasks of equal size.
 template <class E>
 class PackedWeight {
  public:
   // The (k, n) matrix whose element (i, j) is data[i * row_stride + j * col_stride].
-  PackedWeight(DType dtype, const void* data, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
+  PackedWeight(DType dtype, const void* data, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n, bool shared,
                Scratch& scratch)
       : dtype_(dtype), data_(data), row_stride_(row_stride), col_stride_(col_stride), k_(k), n_(n) {
     if constexpr (!kIsPair<E>) {
@@ -71,7 +91,7 @@ class PackedWeight {
         return;
       }
     }
-    panels_ = copy_ = scratch.take<E>(panel_size<E>(units<E>(k), n));
+    if (shared) panels_ = copy_ = scratch.take<E>(panel_size<E>(units<E>(k), n));
   }
 
   int64_t tasks() const { return copy_ == nullptr ? 0 : ceil_div(n_, kPanelColumns<E>) * ceil_div(k_, kDepth); }
@@ -84,8 +104,28 @@ class PackedWeight {
                  minimum(kDepth, k_ - l), columns, copy_ + j * units<E>(k_) + l / kUnit<E> * padded<E>(columns));
   }
 
-  // The panels of the columns from j on; j is a multiple of kPanelColumns<E>.
-  const E* panels(int64_t j = 0) const { return panels_ + j * units<E>(k_); }
+  // result = A times the columns j .. j + columns; j is a multiple of kPanelColumns<E>.
+  void multiply(int64_t rows, const Tile<E>& a, int64_t j, int64_t columns, SumOf<E>* result, int64_t stride) const {
+    if (panels_ != nullptr) {
+      gemm(rows, columns, units<E>(k_), a.data, a.row_stride, 1, panels_ + j * units<E>(k_), result, stride,
+           Mode::overwrite);
+      return;
+    }
+    // by the blocks in which gemm takes its sums, so the result is the same
+    constexpr int64_t kBlock = kKBlock * kUnit<E>;
+    Scratch scratch;
+    E* panel = scratch.take<E>(panel_size<E>(kKBlock, kPanelColumns<E>));
+    for (int64_t l = 0; l < k_; l += kBlock) {
+      const int64_t depth = minimum(kBlock, k_ - l);
+      for (int64_t i = 0; i < columns; i += kPanelColumns<E>) {
+        const int64_t width = minimum(kPanelColumns<E>, columns - i);
+        pack_operand(dtype_, element(dtype_, data_, l * row_stride_ + (j + i) * col_stride_), row_stride_, col_stride_,
+                     depth, width, panel);
+        gemm(rows, width, units<E>(depth), a.data + units<E>(l), a.row_stride, 1, panel, result + i, stride,
+             l == 0 ? Mode::overwrite : Mode::accumulate);
+      }
+    }
+  }
 
  private:
   static constexpr int64_t kDepth = 4096 / kPanelColumns<E>;
@@ -93,7 +133,7 @@ class PackedWeight {
   DType dtype_;
   const void* data_;
   int64_t row_stride_, col_stride_, k_, n_;
-  const E* panels_;
+  const E* panels_ = nullptr;
   E* copy_ = nullptr;
 };
 
@@ -124,10 +164,12 @@ void run_by_dtype(const Parameters& p) {
   }
 }
 
-// body(begin, end) for slices of [0, columns) that together with `depth` make about kSliceElements, whole blocks each.
+// body(begin, end) for slices of the columns of a product with a weight where it lies, `depth` deep: one for each thread, if
+// that is enough to do for it. Slices begin at multiples of `multiple`; every column is a sum of its own.
 template <class Body>
-void for_column_slices(int64_t columns, int64_t depth, const Body& body) {
-  const int64_t slice = round_up(ceil_div(kSliceElements, depth), kBlockColumns);
+void for_column_slices(int64_t tokens, int64_t columns, int64_t depth, int64_t multiple, const Body& body) {
+  const int64_t least = ceil_div(kSliceProducts, maximum<int64_t>(1, tokens) * depth);
+  const int64_t slice = round_up(maximum(least, ceil_div(columns, thread_count())), multiple);
   parallel_for(ceil_div(columns, slice),
                [&](int64_t task) { body(task * slice, minimum((task + 1) * slice, columns)); });
 }
