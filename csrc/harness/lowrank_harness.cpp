@@ -40,9 +40,10 @@ struct alignas(16) Aligned16 {
 };
 
 template <class Parameters>
-void run_emulated(Parameters& p, int64_t workspace_floats, int (*kernel)(const Parameters&, void*)) {
+void run_emulated(Parameters& p, int64_t (*workspace_floats)(const Parameters&),
+                  int (*kernel)(const Parameters&, void*)) {
   if (const char* reason = low_rank_cuda_declines(p)) throw py::value_error(reason);
-  std::vector<Aligned16> workspace(static_cast<size_t>(workspace_floats) / 4 + 1, Aligned16{{NAN, NAN, NAN, NAN}});
+  std::vector<Aligned16> workspace(static_cast<size_t>(workspace_floats(p)) / 4 + 1, Aligned16{{NAN, NAN, NAN, NAN}});
   p.workspace = workspace.data();
   kernel(p, nullptr);
 }
@@ -63,7 +64,7 @@ py::tuple forward(const std::string& level, const py::array& x, const py::array&
   p.out_row_stride = p.out_features;
   p.hidden = hidden.mutable_data();
   if (level == "cuda") {
-    run_emulated(p, low_rank_forward_workspace(p), low_rank_forward_cuda);
+    run_emulated(p, low_rank_forward_workspace, low_rank_forward_cuda);
   } else {
     kernels(level).lowrank->forward(p);
   }
@@ -86,7 +87,7 @@ py::tuple backward(const std::string& level, const py::array& grad_out, const py
   p.db = want_db ? db.mutable_data() : nullptr;
   p.dbias = want_dbias ? dbias.mutable_data() : nullptr;
   if (level == "cuda") {
-    run_emulated(p, low_rank_backward_workspace(p), low_rank_backward_cuda);
+    run_emulated(p, low_rank_backward_workspace, low_rank_backward_cuda);
   } else {
     kernels(level).lowrank->backward(p);
   }

@@ -23,8 +23,8 @@ struct LowRankForward {
   double scale;
   Dropout dropout;             // on x: row = token, col = input feature
   const int64_t* device_seed;  // CUDA: (seed, offset) in device memory, where the host cannot fill them into `dropout`
-  bool accumulate;  // out += the product, instead of out = bias + the product
-  void* out;        // (tokens, out_features), unit stride along out_features; shares no memory with x
+  bool accumulate;             // out += the product, instead of out = bias + the product
+  void* out;                   // (tokens, out_features), unit stride along out_features; shares no memory with x
   int64_t out_row_stride;
   // dropout(x) A^T, unscaled: (tokens, rank) contiguous, of accumulate_dtype(param_dtype), for a rounding to
   // 16 bits here would double the error of dB. 0 for a row without adapter.

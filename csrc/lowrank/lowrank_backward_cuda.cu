@@ -29,7 +29,7 @@ struct Gradients {
   Dropout dropout;
   const int64_t* device_seed;
   float scale;
-  int64_t slices, ranges, tiles_of_range;
+  int slices, ranges, tiles_of_range;
   float* gradient;  // (ranges, adapters, width, rank) or null
   // of dy, or null
   float* middle_to;   // (slices, tokens, rank): scale * dy F^T over the columns of a slice
@@ -56,7 +56,9 @@ template <class P, int R>
 constexpr int kStage = kRows * (kTileStride<P, R> + kMiddleStride<P, R>);
 // Rows of the factor that stay in shared memory: for dx as many parts as its product takes, for ds all.
 template <class P, int R, bool OfX>
-constexpr int kFactorRows = OfX ? P::kUpParts * R : kGivesMiddle<P, R> ? P::kParts * R : 0;
+constexpr int kFactorRows = OfX                  ? P::kUpParts * R
+                            : kGivesMiddle<P, R> ? P::kParts * R
+                                                 : 0;
 template <class P, int R, bool OfX>
 constexpr size_t kGradientsShared =
     (kFactorRows<P, R, OfX> * kTileStride<P, R> + kStages * kStage<P, R>)*sizeof(uint16_t);
@@ -73,8 +75,8 @@ LWFT_DEVICE void copy_tokens(T* to, const void* from, int64_t row_stride, int64_
     const int r = i / (Columns / 8), c = i % (Columns / 8) * 8;
     const int64_t row = first_row + r;
     const bool valid = c < columns_left && adapter_of(p.adapter_index, row, p.tokens) == adapter;
-    copy_async(to + r * (Columns + kPad) + c, valid ? static_cast<const T*>(from) + row * row_stride + column + c : from,
-               valid);
+    copy_async(to + r * (Columns + kPad) + c,
+               valid ? static_cast<const T*>(from) + row * row_stride + column + c : from, valid);
   }
 }
 
@@ -88,13 +90,12 @@ LWFT_DEVICE void mask_tile(const Dropout& dropout, int64_t first_row, int64_t fi
   for (int b = 0; b < kColumns<P, R> / kChunk; ++b) {
     kept[b] = 0;
     typename P::T* const own = x + (warp * 16 + lane / 4) * kTileStride<P, R> + b * kChunk + lane % 4 * 2;
-    for_kept_pairs(dropout, first_row + warp * 16, first_column + b * kChunk,
-                   [&](int half, int side, int v, uint32_t mask) {
-                     uint32_t* const pair =
-                         reinterpret_cast<uint32_t*>(own + half * 8 * kTileStride<P, R> + (2 * v + side) * 8);
-                     *pair &= mask;
-                     kept[b] |= ((mask & 1u) | (mask >> 30 & 2u)) << (((2 * v + side) * 2 + half) * 2);
-                   });
+    for_kept_pairs(
+        dropout, first_row + warp * 16, first_column + b * kChunk, [&](int half, int side, int v, uint32_t mask) {
+          uint32_t* const pair = reinterpret_cast<uint32_t*>(own + half * 8 * kTileStride<P, R> + (2 * v + side) * 8);
+          *pair &= mask;
+          kept[b] |= ((mask & 1u) | (mask >> 30 & 2u)) << (((2 * v + side) * 2 + half) * 2);
+        });
   }
 }
 
@@ -135,11 +136,12 @@ gradients_kernel(Gradients p) {
   E* const factor = reinterpret_cast<E*>(shared_memory());
   T* const stages = reinterpret_cast<T*>(factor + kFactorRows<P, R, OfX> * kTileStride<P, R>);
   const int lane = thread_index() % kWarpLanes, warp = thread_index() / kWarpLanes;
-  const int64_t slice = block_index() % p.slices, range = block_index() / p.slices % p.ranges;
-  const int64_t adapter = block_index() / p.slices / p.ranges;
-  const int64_t first_column = slice * kColumns<P, R>, columns_left = p.width - first_column;
-  const int64_t first_tile = range * p.tiles_of_range, left = ceil_div(p.tokens, kRows) - first_tile;
-  const int tiles = static_cast<int>(left < p.tiles_of_range ? left : p.tiles_of_range);
+  // in 32 bits what lives throughout: registers are few
+  const int slice = block_index() % p.slices, range = block_index() / p.slices % p.ranges;
+  const int adapter = block_index() / p.slices / p.ranges;
+  const int first_column = slice * kColumns<P, R>, columns_left = static_cast<int>(p.width) - first_column;
+  const int first_tile = range * p.tiles_of_range, left = static_cast<int>(ceil_div(p.tokens, kRows)) - first_tile;
+  const int tiles = left < p.tiles_of_range ? left : p.tiles_of_range;
   const Dropout dropout = device_dropout(p.dropout, p.device_seed);
   const float scale = p.scale * static_cast<float>(dropout.keep_scale);
   const bool stacked = p.adapter_index != nullptr;
@@ -149,30 +151,31 @@ gradients_kernel(Gradients p) {
 
   if (wants_middle || wants_dx) {
     copy_rows<kThreads>(factor, kFactorRows<P, R, OfX>, kColumns<P, R>,
-                        static_cast<const E*>(p.factor) + adapter * P::kParts * R * p.width + first_column, p.width,
-                        kFactorRows<P, R, OfX>, columns_left);
+                        static_cast<const E*>(p.factor) + int64_t{adapter} * P::kParts * R * p.width + first_column,
+                        p.width, kFactorRows<P, R, OfX>, columns_left);
   }
   float gradient[kOwnTiles<P, R>][R / 8][4] = {};
   float sum[2] = {0.0f, 0.0f};  // of the columns 2 thread_index(), + 1
 
+  const auto first_row_of = [&](int tile) { return static_cast<int64_t>(first_tile + tile) * kRows; };
   // the rows of no adapter are written by the blocks of the first
   const auto concerns = [&](int tile) {
-    return !stacked || tile_has(p.adapter_index, (first_tile + tile) * kRows, p.tokens, p.adapters, adapter,
-                                wants_dx && adapter == 0);
+    return !stacked ||
+           tile_has(p.adapter_index, first_row_of(tile), p.tokens, p.adapters, adapter, wants_dx && adapter == 0);
   };
   const auto load = [&](int tile, T* stage) {
     if (!concerns(tile)) return;
-    const int64_t first_row = (first_tile + tile) * kRows;
+    const int64_t first_row = first_row_of(tile);
     if (wants_wide) {
       copy_tokens<kColumns<P, R>>(stage, p.wide, p.row_stride, first_row, first_column, columns_left, p, adapter);
     }
-    copy_tokens<P::kParts * R>(reinterpret_cast<E*>(stage + kRows * kTileStride<P, R>), p.middle, P::kParts * R, first_row,
-                               0, P::kParts * R, p, adapter);
+    copy_tokens<P::kParts * R>(reinterpret_cast<E*>(stage + kRows * kTileStride<P, R>), p.middle, P::kParts * R,
+                               first_row, 0, P::kParts * R, p, adapter);
   };
   const auto use = [&](int tile, T* wide) {
     if (!concerns(tile)) return;
     const E* const middle = reinterpret_cast<const E*>(wide + kRows * kTileStride<P, R>);
-    const int64_t first_row = (first_tile + tile) * kRows, own_row = first_row + warp * 16 + lane / 4;
+    const int64_t first_row = first_row_of(tile), own_row = first_row + warp * 16 + lane / 4;
     uint32_t kept[kBlocksOfColumns] = {};
     if constexpr (OfX) {
       if (dropout.active()) {
@@ -184,7 +187,7 @@ gradients_kernel(Gradients p) {
     if constexpr (kHasMiddle) {
       if (wants_middle) {
         float found[R / 8][4] = {};
-#pragma unroll
+#pragma unroll P::kParts == 1 ? 2 : 1
         for (int b = 0; b < kBlocksOfColumns; ++b) {
           uint32_t a[4][4];
           load_rows<P, R>(wide, b, a);
@@ -220,8 +223,8 @@ gradients_kernel(Gradients p) {
           uint32_t m[P::kUpParts][4];
 #pragma unroll
           for (int part = 0; part < P::kUpParts; ++part) {
-            ldmatrix_x4(m[part], middle + (warp * 16 + lane % 16) * kMiddleStride<P, R> + part * R + k * 16 +
-                                     lane / 16 * 8);
+            ldmatrix_x4(m[part],
+                        middle + (warp * 16 + lane % 16) * kMiddleStride<P, R> + part * R + k * 16 + lane / 16 * 8);
           }
           add_up_product<P, R>(m, factor + k * 16 * kTileStride<P, R> + b * kChunk, kTileStride<P, R>, y);
         }
@@ -258,14 +261,14 @@ gradients_kernel(Gradients p) {
   for_chunks(tiles, stages, kStage<P, R>, load, use);
 
   if (wants_gradient) {
-    float* const to = p.gradient + (range * p.adapters + adapter) * p.width * p.rank;
+    float* const to = p.gradient + (int64_t{range} * p.adapters + adapter) * p.width * p.rank;
 #pragma unroll
     for (int m = 0; m < kOwnTiles<P, R>; ++m) {
 #pragma unroll
       for (int j = 0; j < R / 8; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int64_t row = first_column + (warp * kOwnTiles<P, R> + m) * 16 + lane / 4 + i / 2 * 8;
+          const int row = first_column + (warp * kOwnTiles<P, R> + m) * 16 + lane / 4 + i / 2 * 8;
           const int column = j * 8 + lane % 4 * 2 + i % 2;
           if (row < p.width && column < p.rank) to[row * p.rank + column] = scale * gradient[m][j][i];
         }
@@ -317,9 +320,12 @@ struct Instance {
 template <class X, class Parameter, int R>
 constexpr Instance instance(DType dtype) {
   using P = Operands<X, Parameter>;
-  return {Kind(dtype, P::kParts > 1, R), kColumns<P, R>,
-          kGivesMiddle<P, R>,            kGradientsShared<P, R, true>,
-          kGradientsShared<P, R, false>, gradients_kernel<P, R, true>,
+  return {Kind(dtype, P::kParts > 1, R),
+          kColumns<P, R>,
+          kGivesMiddle<P, R>,
+          kGradientsShared<P, R, true>,
+          kGradientsShared<P, R, false>,
+          gradients_kernel<P, R, true>,
           gradients_kernel<P, R, false>};
 }
 
@@ -352,9 +358,7 @@ struct Pass {
 };
 
 // Whether ds comes from the pass that gives dB; else from one of its own.
-bool middle_with_gradient(const LowRankBackward& p) {
-  return p.db != nullptr && instance_of(Kind(p)).gives_middle;
-}
+bool middle_with_gradient(const LowRankBackward& p) { return p.db != nullptr && instance_of(Kind(p)).gives_middle; }
 bool wants_middle(const LowRankBackward& p) { return p.dx != nullptr || p.da != nullptr; }
 
 struct BackwardSpace : PackedFactors {
@@ -390,9 +394,9 @@ Gradients pass_over(const LowRankBackward& p, const Pass& pass) {
   g.rank = p.rank;
   g.adapters = p.adapters;
   g.adapter_index = p.adapter_index;
-  g.slices = pass.slices;
-  g.ranges = pass.ranges;
-  g.tiles_of_range = pass.tiles_of_range;
+  g.slices = static_cast<int>(pass.slices);
+  g.ranges = static_cast<int>(pass.ranges);
+  g.tiles_of_range = static_cast<int>(pass.tiles_of_range);
   return g;
 }
 
@@ -425,8 +429,8 @@ int enqueue_of_grad(const LowRankBackward& p, const BackwardSpace& space, float*
     g.gradient = p.db != nullptr ? workspace + space.gradients : nullptr;
     g.middle_to = with_gradient ? workspace + space.middle_sums : nullptr;
     g.column_sum = p.dbias != nullptr ? workspace + space.column_sums : nullptr;
-    if (const int error = launch(instance.of_grad, space.of_grad.blocks(p.adapters), kThreads, instance.of_grad_bytes,
-                                 stream, g)) {
+    if (const int error =
+            launch(instance.of_grad, space.of_grad.blocks(p.adapters), kThreads, instance.of_grad_bytes, stream, g)) {
       return error;
     }
   }
@@ -442,8 +446,8 @@ int enqueue_of_grad(const LowRankBackward& p, const BackwardSpace& space, float*
     down.factor = workspace + space.b;
     down.adapter_index = p.adapter_index;
     down.scale = static_cast<float>(p.scale);
-    down.slices = space.down.count;
-    down.chunks_of_slice = space.down.chunks;
+    down.slices = static_cast<int>(space.down.count);
+    down.chunks_of_slice = static_cast<int>(space.down.chunks);
     down.to = workspace + space.middle_sums;
     if (const int error = launch_down(down, kind, stream)) return error;
   }
@@ -505,13 +509,19 @@ int low_rank_backward_cuda(const LowRankBackward& p, void* stream) {
   const int64_t rank = p.rank;
   if (p.db != nullptr) {  // before dA, whose partial sums lie in the same place
     const int64_t size = p.adapters * p.out_features * rank;
-    const SumPartials sum{workspace + space.gradients, space.of_grad.ranges, size, false, p.out_features, rank,
-                          p.param_dtype, p.db};
+    const SumPartials sum{
+        workspace + space.gradients, space.of_grad.ranges, size, false, p.out_features, rank, p.param_dtype, p.db};
     if (const int error = launch_sum_partials(sum, stream)) return error;
   }
   if (p.dbias != nullptr) {
-    const SumPartials sum{workspace + space.column_sums, space.of_grad.ranges, p.out_features, false, p.out_features, 1,
-                          p.bias_dtype, p.dbias};
+    const SumPartials sum{workspace + space.column_sums,
+                          space.of_grad.ranges,
+                          p.out_features,
+                          false,
+                          p.out_features,
+                          1,
+                          p.bias_dtype,
+                          p.dbias};
     if (const int error = launch_sum_partials(sum, stream)) return error;
   }
   if (!wants_middle(p)) return 0;
@@ -520,8 +530,8 @@ int low_rank_backward_cuda(const LowRankBackward& p, void* stream) {
   }
   if (p.da == nullptr) return 0;
   const int64_t size = p.adapters * p.in_features * rank;
-  const SumPartials sum{workspace + space.gradients, space.of_x.ranges, size, true, p.in_features, rank, p.param_dtype,
-                        p.da};
+  const SumPartials sum{
+      workspace + space.gradients, space.of_x.ranges, size, true, p.in_features, rank, p.param_dtype, p.da};
   return launch_sum_partials(sum, stream);
 }
 

@@ -31,9 +31,10 @@ down_kernel(Down p) {
   int* const list = reinterpret_cast<int*>(shared_memory());
   T* const stages = reinterpret_cast<T*>(shared_memory() + kListBytes);
   const int lane = thread_index() % kWarpLanes, warp = thread_index() / kWarpLanes;
-  const int64_t slice = block_index() % p.slices, first_row = block_index() / p.slices * kRows;
-  const int64_t first_chunk = slice * p.chunks_of_slice, left = ceil_div(p.width, kChunk) - first_chunk;
-  const int chunks = static_cast<int>(left < p.chunks_of_slice ? left : p.chunks_of_slice);
+  const int slice = block_index() % p.slices;
+  const int64_t first_row = int64_t{block_index() / p.slices} * kRows;
+  const int first_chunk = slice * p.chunks_of_slice, left = static_cast<int>(ceil_div(p.width, kChunk)) - first_chunk;
+  const int chunks = left < p.chunks_of_slice ? left : p.chunks_of_slice;
   const Dropout dropout = device_dropout(p.dropout, p.device_seed);
   const bool stacked = p.adapter_index != nullptr;
   const int adapters = stacked ? list_adapters(p.adapter_index, first_row, p.tokens, p.adapters, list) : 1;
@@ -46,7 +47,8 @@ down_kernel(Down p) {
 
   // A chunk of x is taken once for each adapter of the tile, with the rows of the others as zeros.
   const auto load = [&](int turn, T* stage) {
-    const int64_t column = (first_chunk + turn / adapters) * kChunk, adapter = stacked ? list[turn % adapters] : 0;
+    const int column = (first_chunk + turn / adapters) * kChunk;
+    const int64_t adapter = stacked ? list[turn % adapters] : 0;
     copy_rows<kThreads>(stage, kRows, kChunk, static_cast<const T*>(p.wide) + first_row * p.row_stride + column,
                         p.row_stride, p.tokens - first_row, p.width - column);
     copy_rows<kThreads>(stage + kRows * kStride, P::kParts * R, kChunk,
@@ -99,7 +101,7 @@ struct Up {
   DType bias_dtype;
   float scale;
   bool accumulate;
-  int64_t slices, chunks_of_slice;
+  int slices, chunks_of_slice;
   void* out;
   int64_t out_row_stride;
 };
@@ -143,9 +145,10 @@ up_kernel(Up p) {
   int* const list = reinterpret_cast<int*>(shared_memory());
   E* const stages = reinterpret_cast<E*>(shared_memory() + kListBytes);
   const int lane = thread_index() % kWarpLanes, warp = thread_index() / kWarpLanes;
-  const int64_t slice = block_index() % p.slices, first_row = block_index() / p.slices * kRows;
-  const int64_t first_chunk = slice * p.chunks_of_slice, left = ceil_div(p.width, kChunk) - first_chunk;
-  const int chunks = static_cast<int>(left < p.chunks_of_slice ? left : p.chunks_of_slice);
+  const int slice = block_index() % p.slices;
+  const int64_t first_row = int64_t{block_index() / p.slices} * kRows;
+  const int first_chunk = slice * p.chunks_of_slice, left = static_cast<int>(ceil_div(p.width, kChunk)) - first_chunk;
+  const int chunks = left < p.chunks_of_slice ? left : p.chunks_of_slice;
   const bool stacked = p.adapter_index != nullptr;
   const int listed = stacked ? list_adapters(p.adapter_index, first_row, p.tokens, p.adapters, list) : 1;
   const int adapters = listed > 0 ? listed : 1;  // without any, the bias is written all the same
@@ -163,7 +166,8 @@ up_kernel(Up p) {
   load_middle<P, R>(p, own_row, m);
 
   const auto load = [&](int turn, E* stage) {
-    const int64_t column = (first_chunk + turn / adapters) * kChunk, adapter = stacked ? list[turn % adapters] : 0;
+    const int column = (first_chunk + turn / adapters) * kChunk;
+    const int64_t adapter = stacked ? list[turn % adapters] : 0;
     copy_rows<kThreads>(stage, P::kUpParts * R, kChunk,
                         static_cast<const E*>(p.factor) + adapter * P::kParts * R * p.width + column, p.width,
                         P::kUpParts * R, p.width - column);
@@ -184,14 +188,13 @@ up_kernel(Up p) {
     }
     if (turn % adapters + 1 < adapters) return;
 
-    const int64_t first_column = (first_chunk + turn / adapters) * kChunk;
+    const int first_column = (first_chunk + turn / adapters) * kChunk;
 #pragma unroll
     for (int j = 0; j < kChunk / 8; ++j) {
-      const int64_t column = first_column + j * 8 + lane % 4 * 2;
+      const int column = first_column + j * 8 + lane % 4 * 2;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float bias =
-            p.bias != nullptr && column < p.width ? value_at(p.bias_dtype, p.bias, column + e) : 0.0f;
+        const float bias = p.bias != nullptr && column < p.width ? value_at(p.bias_dtype, p.bias, column + e) : 0.0f;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& value = y[j][2 * half + e];
@@ -216,7 +219,8 @@ up_kernel(Up p) {
 
 LWFT_DEVICE void pack_element(const Pack& p, int64_t i) {
   const int64_t column = i % p.width, k = i / p.width % p.padded, adapter = i / p.width / p.padded;
-  const int64_t from = p.transposed ? (adapter * p.width + column) * p.rank + k : (adapter * p.rank + k) * p.width + column;
+  const int64_t from =
+      p.transposed ? (adapter * p.width + column) * p.rank + k : (adapter * p.rank + k) * p.width + column;
   set_parts(p.part_dtype, p.to + (adapter * p.parts * p.padded + k) * p.width + column, p.padded * p.width, p.parts,
             k < p.rank ? value_at(p.dtype, p.from, from) : 0.0f);
 }
@@ -340,13 +344,13 @@ int low_rank_forward_cuda(const LowRankForward& p, void* stream) {
   down.dropout = p.dropout;
   down.device_seed = p.device_seed;
   down.scale = 1.0f;
-  down.slices = space.slices.count;
-  down.chunks_of_slice = space.slices.chunks;
+  down.slices = static_cast<int>(space.slices.count);
+  down.chunks_of_slice = static_cast<int>(space.slices.chunks);
   down.to = down.slices > 1 ? workspace + space.partial : hidden;
   if (const int error = launch_down(down, kind, stream)) return error;
   if (down.slices > 1) {
-    const SumMiddle sum{down.to, down.slices, p.tokens, p.rank, p.adapter_index, p.adapters, hidden, nullptr,
-                        DType::f32, kind.rank, kind.parts()};
+    const SumMiddle sum{down.to, down.slices, p.tokens,   p.rank,    p.adapter_index, p.adapters,
+                        hidden,  nullptr,     DType::f32, kind.rank, kind.parts()};
     if (const int error = launch_sum_middle(sum, stream)) return error;
   }
 
@@ -363,8 +367,8 @@ int low_rank_forward_cuda(const LowRankForward& p, void* stream) {
   up.bias_dtype = p.bias_dtype;
   up.scale = static_cast<float>(p.scale);
   up.accumulate = p.accumulate;
-  up.slices = slices.count;
-  up.chunks_of_slice = slices.chunks;
+  up.slices = static_cast<int>(slices.count);
+  up.chunks_of_slice = static_cast<int>(slices.chunks);
   up.out = p.out;
   up.out_row_stride = p.out_row_stride;
   const Instance& instance = *instance_of(kind);

@@ -149,8 +149,9 @@ LWFT_DEVICE void for_kept_pairs(const Dropout& dropout, int64_t first_row, int64
       const PhiloxWords high = draws(dropout, row, first_column, side * 8 + lane % 4 * 2 + 1);
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
-        body(half, side, v,
-             (low.word[v] >= dropout.threshold ? 0xFFFFu : 0u) | (high.word[v] >= dropout.threshold ? 0xFFFF0000u : 0u));
+        body(
+            half, side, v,
+            (low.word[v] >= dropout.threshold ? 0xFFFFu : 0u) | (high.word[v] >= dropout.threshold ? 0xFFFF0000u : 0u));
       }
     }
   }
@@ -185,14 +186,14 @@ LWFT_DEVICE void add_product(const uint32_t (&a)[4][4], const typename P::E* fac
 #pragma unroll
   for (int j = 0; j < R / 16; ++j) {
     float acc[2][4] = {};
-#pragma unroll 1  // for want of registers
+#pragma unroll 1                                         // for want of registers
     for (int part = P::kParts - 1; part >= 0; --part) {  // the smallest terms first
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
         uint32_t f[4];
         if constexpr (Transposed) {
-          ldmatrix_x4_transposed(f, factor + (v * 16 + lane % 8 + lane / 8 % 2 * 8) * stride + part * R + j * 16 +
-                                        lane / 16 * 8);
+          ldmatrix_x4_transposed(
+              f, factor + (v * 16 + lane % 8 + lane / 8 % 2 * 8) * stride + part * R + j * 16 + lane / 16 * 8);
         } else {
           ldmatrix_x4(f, factor + (part * R + j * 16 + lane % 8 + lane / 16 * 8) * stride + v * 16 + lane / 8 % 2 * 8);
         }
@@ -363,7 +364,7 @@ struct Down {
   Dropout dropout;
   const int64_t* device_seed;
   float scale;
-  int64_t slices, chunks_of_slice;
+  int slices, chunks_of_slice;
   float* to;  // (slices, tokens, rank): sums over the columns of each slice
 };
 int launch_down(const Down& p, const Kind& kind, void* stream);
@@ -387,9 +388,8 @@ int launch_pack(const P& p, void* stream) {
   const PackedFactors space(p);
   float* const workspace = static_cast<float*>(p.workspace);
   const auto pack = [&](const void* from, bool transposed, int64_t width, int64_t at) {
-    return Pack{from,    transposed, p.param_dtype, kind.part_dtype(),
-                p.adapters, p.rank,  width,         kind.rank,
-                kind.parts(), reinterpret_cast<uint16_t*>(workspace + at)};
+    return Pack{from,   transposed, p.param_dtype, kind.part_dtype(), p.adapters,
+                p.rank, width,      kind.rank,     kind.parts(),      reinterpret_cast<uint16_t*>(workspace + at)};
   };
   return launch_pack(pack(p.a, false, p.in_features, space.a), pack(p.b, true, p.out_features, space.b), stream);
 }

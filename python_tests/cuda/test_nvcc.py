@@ -58,3 +58,33 @@ def test_adapter_forward_is_of_tensor_core_instructions(tmp_path):
         assert kernel.count("ldmatrix.sync.aligned.m8n8.x4.shared.b16") == chunk // 16 + 2 * (m // 16) * (chunk // 16)
         assert "cp.async.cg.shared.global" in kernel
         assert ".local" not in kernel, "an array is indexed by a value known only at run time"
+
+
+def test_low_rank_products_are_of_tensor_core_instructions(tmp_path):
+    kernels = entries("lowrank/lowrank_cuda.cu", tmp_path)
+    assert len(kernels) == 2 * 14 + 2  # down and up: 2 dtypes, 4 ranks, of float32 factors 3; packing, adding up
+    for kernel in kernels:
+        assert ".local" not in kernel, "an array is indexed by a value known only at run time"
+        if "down_kernel" not in kernel and "up_kernel" not in kernel:
+            continue
+        assert "mma.sync.aligned.m16n8k16" in kernel
+        assert "cp.async.cg.shared.global" in kernel
+        if "up_kernel" in kernel:  # the result is written, and what it is added to is read, in rows of 16 bytes
+            assert "st.global.v4" in kernel
+            assert "ld.global.v4" in kernel
+            assert "st.global.b16" not in kernel
+            assert "st.global.u16" not in kernel
+
+
+def test_low_rank_gradients_are_of_tensor_core_instructions(tmp_path):
+    kernels = entries("lowrank/lowrank_backward_cuda.cu", tmp_path)
+    assert len(kernels) == 2 * 14 + 1  # of x and of dy; adding up
+    for kernel in kernels:
+        assert ".local" not in kernel, "an array is indexed by a value known only at run time"
+        if "gradients_kernel" not in kernel:
+            continue
+        assert "mma.sync.aligned.m16n8k16" in kernel
+        assert "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in kernel
+        assert "cp.async.cg.shared.global" in kernel
+        of_x = "ELb1E" in kernel.splitlines()[0]
+        assert ("st.global.v4" in kernel) == of_x  # dx
