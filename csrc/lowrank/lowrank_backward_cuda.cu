@@ -127,7 +127,7 @@ LWFT_DEVICE void add_gradient(const typename P::T* tile, const typename P::E* mi
 }
 
 template <class P, int R, bool OfX>
-LWFT_KERNEL(kThreads)
+LWFT_KERNEL(kThreads, 2)
 gradients_kernel(Gradients p) {
   using T = typename P::T;
   using E = typename P::E;
@@ -320,6 +320,7 @@ struct Instance {
 template <class X, class Parameter, int R>
 constexpr Instance instance(DType dtype) {
   using P = Operands<X, Parameter>;
+  static_assert(kGradientsShared<P, R, true> <= kLargestShared && kGradientsShared<P, R, false> <= kLargestShared);
   return {Kind(dtype, P::kParts > 1, R),
           kColumns<P, R>,
           kGivesMiddle<P, R>,

@@ -261,6 +261,7 @@ struct Instance {
 template <class X, class Parameter, int R>
 constexpr Instance instance(DType dtype) {
   using P = Operands<X, Parameter>;
+  static_assert(kDownShared<P, R> <= kLargestShared && kUpShared<P, R> <= kLargestShared);
   return {Kind(dtype, P::kParts > 1, R), kDownShared<P, R>, kUpShared<P, R>, down_kernel<P, R>, up_kernel<P, R>};
 }
 

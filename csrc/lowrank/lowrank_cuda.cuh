@@ -12,6 +12,8 @@
 // A tensor core rounds its sums towards zero. So a product starts from zero every 64 terms, and the sums of 64 are added
 // in float32 outside.
 #pragma once
+#include <type_traits>
+
 #include "common/cuda/dropout.cuh"
 #include "common/cuda/tile.cuh"
 #include "lowrank/lowrank.h"
@@ -26,6 +28,8 @@ static_assert(kChunk == kPhiloxColumns);
 // Blocks that a kernel is cut into, if the shape allows it: four for each multiprocessor of an H200, so that enough copies
 // are under way at a time. By shape and not by card, so that the sums have one order everywhere.
 constexpr int64_t kBlocks = 528;
+
+constexpr size_t kLargestShared = 99 << 10;  // of sm_86 and sm_120
 
 LWFT_HOST_DEVICE int64_t ceil_div(int64_t size, int64_t by) { return (size + by - 1) / by; }
 
@@ -43,7 +47,7 @@ struct Operands<X, float> {
   using T = X;
   using E = BFloat16;
   static constexpr int kParts = 3, kUpParts = 2;
-  static constexpr int kInputParts = sizeof(X) == sizeof(E) && !__is_same(X, E) ? 2 : 1;  // 11 bits of float16
+  static constexpr int kInputParts = std::is_same_v<X, E> ? 1 : 2;  // 11 bits of float16
 };
 
 // ---- values of a dtype known at run time, for what is small ----

@@ -215,7 +215,7 @@ def test_declines_a_bias_gradient_beside_stacked_adapters():
 
 def test_declines_rows_off_the_grid():
     v = arrays_of(arguments(3, 24, 8, 16, DTYPES[0]))
-    with pytest.raises(ValueError, match="multiples of 16 bytes|multiple of 16 bytes"):
+    with pytest.raises(ValueError, match="x must start at a multiple of 16 bytes"):
         lwft_harness.low_rank_forward(
             "cuda", v["x"][:, 1:17], v["a"][:, :, :16].copy(), v["b"], v["bias"], None, None, SCALE, SEED, OFFSET, 0.0
         )

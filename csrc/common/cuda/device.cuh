@@ -6,7 +6,8 @@
 
 #include <cstdint>
 
-#define LWFT_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// (threads of a block), or (threads, blocks that a multiprocessor has registers for at least)
+#define LWFT_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define LWFT_DEVICE __device__ __forceinline__
 
 namespace lwft::cuda {

@@ -25,7 +25,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#define LWFT_KERNEL(threads) inline void
+#define LWFT_KERNEL(...) inline void
 #define LWFT_DEVICE inline
 
 namespace lwft::cuda {
