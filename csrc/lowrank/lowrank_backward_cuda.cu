@@ -126,8 +126,13 @@ LWFT_DEVICE void add_gradient(const typename P::T* tile, const typename P::E* mi
   }
 }
 
+// Blocks that a multiprocessor has registers for, without spilling on any architecture. (Left to itself, the compiler
+// spills a few for one block more.)
+template <class P, int R>
+constexpr int kLeastBlocks = P::kParts == 1 && (R == 16 || R == 64) ? 3 : 2;
+
 template <class P, int R, bool OfX>
-LWFT_KERNEL(kThreads, 2)
+LWFT_KERNEL(kThreads, kLeastBlocks<P, R>)
 gradients_kernel(Gradients p) {
   using T = typename P::T;
   using E = typename P::E;

@@ -138,7 +138,7 @@ LWFT_DEVICE void load_middle(const Up& p, int64_t own_row, uint32_t (&m)[R / 16]
 }
 
 template <class P, int R>
-LWFT_KERNEL(kThreads)
+LWFT_KERNEL(kThreads, R <= (P::kParts == 1 ? 32 : 16) ? 4 : 3)  // blocks that a multiprocessor has registers for
 up_kernel(Up p) {
   using T = typename P::T;
   using E = typename P::E;
