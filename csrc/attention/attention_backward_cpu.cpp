@@ -38,6 +38,7 @@ struct BackwardBuffers {
   E *keys_transposed, *values_transposed;  // K^T, V^T: (D, keys) in panels
   E* keys;                                 // K: (keys, D) in panels
   T *dk, *dv;                              // (keys, padded D)
+  bool started;                            // whether they hold anything yet
   // Per tile.
   PackedRows<E> q, grad_out;
   T *scores, *dscores;    // (kScoreRows, kScoreStride): S;  dP, then Z * dP
@@ -376,22 +377,32 @@ void score_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const 
   });
 }
 
-// to (width, padded D) += scores^T B, scores (count, width) of row stride kScoreStride<E>, B (count, D) in panels.
+// to (width, padded D) (+)= scores^T B, scores (count, width) of row stride kScoreStride<E>, B (count, D) in panels.
 template <class E, class T = SumOf<E>>
 void add_transposed_product(int64_t width, int64_t d, int64_t count, const E* scores, const E* b,
-                            BackwardBuffers<E>& buffers, T* to) {
+                            BackwardBuffers<E>& buffers, T* to, Mode mode) {
   const int64_t d_padded = padded<T>(d);
   if constexpr (kIsPair<E>) {
     const int64_t depth = units<E>(count);
     pack_operand(DType::bf16, scores, 2 * kScoreStride<E>, 1, count, width, buffers.transposed);
     for (int64_t i = 0; i < width; i += kPanelColumns<E>) {
       const int64_t keys = minimum(kPanelColumns<E>, width - i);
-      gemm(keys, d, depth, buffers.transposed + i * depth, 1, padded<E>(keys), b, to + i * d_padded, d_padded,
-           Mode::accumulate);
+      gemm(keys, d, depth, buffers.transposed + i * depth, 1, padded<E>(keys), b, to + i * d_padded, d_padded, mode);
     }
   } else {
-    gemm(width, d, count, scores, 1, kScoreStride<E>, b, to, d_padded, Mode::accumulate);
+    gemm(width, d, count, scores, 1, kScoreStride<E>, b, to, d_padded, mode);
   }
+}
+
+// How a product goes into dK and dV of a block: the first of all need not find zeros there if it is for all keys.
+template <class E>
+Mode start_key_gradients(int64_t keys, int64_t d_padded, bool all_keys, BackwardBuffers<E>& buffers) {
+  if (buffers.started) return Mode::accumulate;
+  buffers.started = true;
+  if (all_keys) return Mode::overwrite;
+  fill(buffers.dk, 0, keys * d_padded, SumOf<E>{0});
+  fill(buffers.dv, 0, keys * d_padded, SumOf<E>{0});
+  return Mode::accumulate;
 }
 
 template <class E, class T = SumOf<E>>
@@ -407,14 +418,16 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
   load_tile(p, group, tile, buffers);
   score_products(plan, group, segment, block, count, first, end, buffers);
   score_gradients(plan, group, segment, chunk, block, tile, block.begin + first, width, buffers);
+  const Mode mode = start_key_gradients(block.size(), d_padded, width == block.size(), buffers);
   if (dv_wanted) {
     buffers.grad_out.pack(count, d);
     add_transposed_product(width, d, count, buffers.weights, buffers.grad_out.panels, buffers,
-                           buffers.dv + first * d_padded);
+                           buffers.dv + first * d_padded, mode);
   }
   if (dk_wanted) {
     buffers.q.pack(count, d);
-    add_transposed_product(width, d, count, buffers.dweights, buffers.q.panels, buffers, buffers.dk + first * d_padded);
+    add_transposed_product(width, d, count, buffers.dweights, buffers.q.panels, buffers, buffers.dk + first * d_padded,
+                           mode);
   }
   if (buffers.dq == nullptr) return;
   T* dq = buffers.dq + tile.begin * d_padded;
@@ -470,11 +483,11 @@ void block_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_
     pack_operand(p.shape.dtype, segment.key(group, block.begin), segment.k.stride[2], 1, block.size(), plan.d,
                  buffers.keys);
   }
-  fill(buffers.dk, 0, block.size() * plan.d_padded, T{0});
-  fill(buffers.dv, 0, block.size() * plan.d_padded, T{0});
+  buffers.started = false;
   for (int64_t t = 0; t < plan.tiles.count; ++t) {
     tile_gradients(plan, group, segment, chunk, block, plan.tiles[t], dk_wanted, dv_wanted, buffers);
   }
+  start_key_gradients(block.size(), plan.d_padded, false, buffers);  // where no row sees any
   if (dk_wanted) {
     store_key_gradient(plan, group, prefix, block, buffers.dk, scores_scale<E>(group), p.dk, p.dprefix_k,
                        plan.dprefix_k);
@@ -493,19 +506,25 @@ void store_dq(const BackwardPlan<T>& plan, const HeadGroup& group, Range rows, c
       [&](int64_t row) { return group.offset(plan.p.dq.stride, row); });
 }
 
-template <class E, class T = SumOf<E>>
-void group_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_t chunk) {
+// All blocks of a chunk, each for all `groups` (a function of 0 .. count - 1).
+template <class E, class Groups, class T = SumOf<E>>
+void chunk_gradients(const BackwardPlan<T>& plan, int64_t count, const Groups& groups, int64_t chunk) {
   Scratch scratch;
   BackwardBuffers<E> buffers(plan.d, scratch);
-  if (plan.p.dq.data != nullptr) {
-    const int64_t size = plan.rows * plan.d_padded;
-    buffers.dq = plan.dq_chunks == nullptr ? scratch.take<T>(size) : plan.dq_chunk(group.number(), chunk);
-    fill(buffers.dq, 0, size, T{0});
+  const int64_t size = plan.rows * plan.d_padded;
+  const bool wanted = plan.p.dq.data != nullptr, own = wanted && plan.dq_chunks == nullptr;
+  T* const sums = own ? scratch.take<T>(count * size) : nullptr;
+  const auto dq = [&](int64_t i) {
+    return !wanted ? nullptr : own ? sums + i * size : plan.dq_chunk(groups(i).number(), chunk);
+  };
+  for (int64_t i = 0; wanted && i < count; ++i) fill(dq(i), 0, size, T{0});
+  for (int64_t block = plan.chunks[chunk].begin; block < minimum(plan.chunks[chunk].end, plan.blocks()); ++block) {
+    for (int64_t i = 0; i < count; ++i) {
+      buffers.dq = dq(i);
+      block_gradients(plan, groups(i), block, chunk, buffers);
+    }
   }
-  for (int64_t i = plan.chunks[chunk].begin; i < minimum(plan.chunks[chunk].end, plan.blocks()); ++i) {
-    block_gradients(plan, group, i, chunk, buffers);
-  }
-  if (buffers.dq != nullptr && plan.dq_chunks == nullptr) store_dq(plan, group, {0, plan.rows}, buffers.dq);
+  for (int64_t i = 0; own && i < count; ++i) store_dq(plan, groups(i), {0, plan.rows}, dq(i));
 }
 
 // dQ of the chunks, added in their order.
@@ -531,9 +550,12 @@ void backward_as(const AttentionBackward& p) {
     const HeadGroup group(p.shape, p.rule, task / plan.tiles.count);
     row_statistics<E>(plan, group, plan.tiles[task % plan.tiles.count]);
   });
-  parallel_for(plan.owners * plan.chunks.count, [&](int64_t task) {
+  const Pieces owners(plan.owners, plan.together, 1);
+  parallel_for(owners.count * plan.chunks.count, [&](int64_t task) {
+    const Range mine = owners[task / plan.chunks.count];
+    const int64_t chunk = task % plan.chunks.count;
     for (int64_t member = 0; member < plan.members(); ++member) {
-      group_gradients<E>(plan, plan.group(task / plan.chunks.count, member), task % plan.chunks.count);
+      chunk_gradients<E>(plan, mine.size(), [&](int64_t i) { return plan.group(mine.begin + i, member); }, chunk);
     }
   });
   if (plan.dq_chunks != nullptr) sum_dq_chunks(plan);

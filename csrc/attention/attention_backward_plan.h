@@ -18,6 +18,9 @@ namespace {
 constexpr int64_t kBlockKeys = 128;
 constexpr int64_t kEnoughTasks = 8;
 constexpr int64_t kChunkBytes = int64_t{64} << 20;
+// Up to so many rows per key head, a task takes several heads, whose dQ together are at most so large.
+constexpr int64_t kRowsForHeads = 48, kHeadsBytes = 256 << 10;
+constexpr int64_t kTasksOfThread = 4;
 // Beyond this, lse = highest + log(total) has lost the total (a whole row biased by -3.4e38).
 constexpr double kLseTooLarge = 1e5;
 // Where the prefix and the keys are so few together, every one weighs much.
@@ -53,6 +56,9 @@ struct BackwardPlan {
   bool sum_batch = false, sum_heads = false;
   int64_t owners;
   Pieces chunks;
+  // How many owners a task takes, of the same block one after the other: dK and dV are written by token, as keys mostly lie,
+  // so that neighbouring heads find the pages that the one before has had looked up. With many rows that is no cost.
+  int64_t together = 1;
   bool few_rows;   // as in the forward kernel: nothing is packed
   bool all_whole;  // one block is all there is: its tiles know all of a row, and need no statistics
   // The rows' statistics from their scores and dP rather than from lse and out (two products more).
@@ -86,9 +92,10 @@ struct BackwardPlan {
     cut_chunks(scratch);
     few_rows = rows <= kFewRows;
     all_whole = blocks() == 1;
-    // Few rows: cheap, and one row weighs much. A bias that is the same for all keys: the sum of dS over them
+    // Few rows and a rounded `out`: one row weighs much. A bias that is the same for all keys: the sum of dS over them
     // all is a difference of equals.
-    exact_statistics = few_rows || (p.dbias != nullptr && p.bias_size[3] == 1) ||
+    const bool rounded = p.shape.dtype == DType::bf16 || p.shape.dtype == DType::f16;
+    exact_statistics = (few_rows && rounded) || (p.dbias != nullptr && p.bias_size[3] == 1) ||
                        (p.shape.prefix > 0 && p.shape.prefix + p.shape.keys <= kFewKeys);
     statistics = scratch.take<RowStatistics<T>>(all_whole ? 0 : groups * rows);
     if (p.dbias != nullptr) place_bias_sums(matrix, scratch);
@@ -117,13 +124,20 @@ struct BackwardPlan {
 
  private:
   void cut_chunks(Scratch& scratch) {
-    int64_t wanted = ceil_div(kEnoughTasks, maximum<int64_t>(owners, 1));
+    if (rows > 0 && rows <= kRowsForHeads && members() == 1) {
+      const int64_t fitting = kHeadsBytes / (rows * d_padded * static_cast<int64_t>(sizeof(T)));
+      together = maximum<int64_t>(1, minimum(fitting, p.shape.kv_heads));
+    }
+    int64_t wanted = ceil_div(kEnoughTasks, maximum<int64_t>(ceil_div(owners, together), 1));
     const int64_t dq_size = groups * rows * d_padded;
     if (p.dq.data != nullptr && dq_size > 0) {
       wanted = minimum(wanted, kChunkBytes / (dq_size * static_cast<int64_t>(sizeof(T))));
     }
     const int64_t of_blocks = maximum<int64_t>(blocks(), 1);  // no keys: one chunk of nothing
     chunks = Pieces(of_blocks, ceil_div(of_blocks, maximum<int64_t>(wanted, 1)), 1);
+    // The cut above depends on the shape alone; this one changes no result.
+    const int64_t parts = ceil_div(kTasksOfThread * thread_count(), maximum<int64_t>(chunks.count, 1));
+    together = maximum<int64_t>(1, minimum(together, owners / parts));
     if (p.dq.data != nullptr && chunks.count > 1) dq_chunks = scratch.take<T>(dq_size * chunks.count);
   }
 

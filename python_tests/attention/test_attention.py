@@ -452,6 +452,8 @@ def test_checkpoint_draws_the_same_dropout():
         (2, 12, 12, 150, 150, 16),  # many heads
         (1, 2, 1, 300, 500, 16),  # few: rows and keys are split
         (1, 2, 1, 2, 1500, 16),  # decoding
+        (1, 12, 6, 1, 700, 16),  # decoding with as many heads at once as leave enough tasks
+        (1, 12, 12, 20, 300, 16),  # backward likewise
     ],
     ids=str,
 )
@@ -463,7 +465,7 @@ def test_same_bits_for_every_thread_count(shape):
     threads = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2, 1):
+        for count in (1, 2, 8):
             torch.set_num_threads(count)
             results.append(outputs_and_gradients(ours, arguments))
     finally:

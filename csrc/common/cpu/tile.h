@@ -140,7 +140,7 @@ constexpr int64_t kTileRows<BFloat16Pair> = 32;  // two tile registers: tile_amx
 constexpr int64_t pairs(int64_t k) { return ceil_div(k, 2); }
 
 // pack_panels of a bfloat16 or float32 (k, n) matrix, rounded to bfloat16: pairs(k) rows of pairs. Fast where
-// col_stride is 1, or row_stride is 1 and the matrix is a bfloat16 one of even col_stride.
+// col_stride is 1, or row_stride is 1 and the matrix is a bfloat16 one.
 void pack_pair_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
                       BFloat16Pair* panels);
 

@@ -280,10 +280,10 @@ inline void pack_pairs_typed(const Storage* source, int64_t row_stride, int64_t 
       const Storage* from = source + (start + j) * col_stride;
       BFloat16Pair* to = panel + j;
       int64_t l = 0;
-      if (row_stride == 1 && col_stride % 2 == 0 && sizeof(Storage) == 2) {
-        // Pairs lie together already: transpose them as words (which are only moved, whatever number they are).
-        pack_transposed(reinterpret_cast<const float*>(from), col_stride / 2, k / 2, columns,
-                        reinterpret_cast<float*>(to), width);
+      if (row_stride == 1 && sizeof(Storage) == 2) {
+        // Pairs lie together already, if not as words that are aligned: transpose them as words (which are only moved,
+        // whatever number they are).
+        pack_transposed_bytes<float, float>(from, col_stride * 2, k / 2, columns, reinterpret_cast<float*>(to), width);
         l = k / 2 * 2;
       }
       for (; l < k; l += 2) {

@@ -33,17 +33,17 @@ inline void transpose_steps(V* rows) {
   }
 }
 
-// `columns` columns (at most a vector of them), each contiguous, into the lanes of a panel of that width.
+// `columns` columns (at most a vector of them), each contiguous, `col_bytes` apart, into the lanes of a panel of that width.
 template <class T, class Storage>
-inline void pack_transposed(const Storage* source, int64_t col_stride, int64_t k, int64_t columns, T* to,
-                            int64_t width) {
+inline void pack_transposed_bytes(const void* source, int64_t col_bytes, int64_t k, int64_t columns, T* to,
+                                  int64_t width) {
   constexpr int N = kLanes<T>;
   for (int64_t l = 0; l < k; l += N) {
     const int64_t depth = minimum<int64_t>(N, k - l);
     Vec<T> square[N];
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
-      const Storage* from = source + i * col_stride + l;
+      const auto* from = reinterpret_cast<const Storage*>(static_cast<const char*>(source) + i * col_bytes) + l;
       square[i] = i >= columns ? Vec<T>{} : depth == N ? load_as<T>(from) : load_first_as<T>(from, depth);
     }
     transpose_steps<1>(square);
@@ -52,6 +52,13 @@ inline void pack_transposed(const Storage* source, int64_t col_stride, int64_t k
       if (i < depth) store(to + (l + i) * width, square[i]);
     }
   }
+}
+
+template <class T, class Storage>
+inline void pack_transposed(const Storage* source, int64_t col_stride, int64_t k, int64_t columns, T* to,
+                            int64_t width) {
+  constexpr int64_t kBytes = sizeof(Storage);
+  pack_transposed_bytes<T, Storage>(source, col_stride * kBytes, k, columns, to, width);
 }
 
 }  // namespace lwft::LWFT_ISA
