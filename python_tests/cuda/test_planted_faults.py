@@ -60,7 +60,7 @@ FAULTS = [
      "value_at(p.dtype, p.from, from)"),
     ("the bias is added for each adapter", "lowrank/lowrank_cuda.cu",
      "if (turn % adapters + 1 < adapters) return;", ""),
-    ("sums go on from chunk to chunk", "lowrank/lowrank_cuda.cu", "y[j][i] = 0.0f;", ""),
+    ("sums go on from chunk to chunk", "lowrank/lowrank_cuda.cu", "y[j][i] = 0.0f;", ";"),
     ("the mask of the other half", "lowrank/lowrank_cuda.cu", "a[v][half + 2 * side] &= mask;",
      "a[v][side + 2 * half] &= mask;"),
     ("the tile is read while others mask it", "lowrank/lowrank_backward_cuda.cu",
