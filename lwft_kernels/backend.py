@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
@@ -32,7 +33,9 @@ class Counts(TypedDict):
     declined: dict[str, int]
 
 
-_fast: Counter[str] = Counter()
+# By op. An eager call on the CPU counts itself here, where a function's own call would be felt.
+fast_calls: Counter[str] = Counter()
+small_calls: Counter[str] = Counter()  # declined as `SMALL`
 _declined: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
 
@@ -189,66 +192,85 @@ def use_kernels(
 
 
 def attempts(x: object) -> bool:
-    """Whether a call on `x` is worth an `attempt`: an eager one on the CPU, where the compiled kernels are in use.
+    """Whether a call on `x` is tried with no look at its arguments: an eager one on the CPU, by the compiled kernels.
 
-    Asked before a random seed is drawn for it.
+    The second function of `registration.register` does it. Asked before a random seed is drawn for it.
     """
     return (
         _backend in ("auto", "native")
         and library_error is None
         and isinstance(x, Tensor)
         and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
+        and not is_compiling()
+        and not torch._C._is_any_autocast_enabled()
     )
 
 
-def attempt(op: str, function: Callable[..., Any], *args: Any) -> Any:
-    """The result of `function(*args)`, the compiled kernel of `op` with no look at its arguments, or None.
+SMALL = "so small that PyTorch's own operations take less time"  # as such calls are named in stats()
+leave_small_calls = True  # tests of the kernels, whose shapes are small, switch it off
 
-    Looking at every argument costs more than a small call. So what `attempts` is tried first: the op refuses what does
-    not go together before it computes anything, and the caller, given None, looks for what it is.
+
+class Small(NamedTuple):
+    """The work of the largest call of an op that PyTorch's own operations finish before the op.
+
+    Beside a few microseconds of arithmetic it counts that their autograd is C++ and ours Python: an autograd.Function
+    that does nothing takes half the time of a whole small call. The limits are where the kernels begin to win: kernels
+    and PyTorch timed in turn, by calls of rising size, float32, on a Xeon with AVX-512; those of add_layer_norm with
+    one thread and with two, those of attention with one.
     """
-    try:
-        result = function(*args)
-    except (RuntimeError, TypeError, AttributeError):
-        return None
-    _fast[op] += 1
-    return result
+
+    forward: int  # where no gradient is wanted
+    backward: int
+
+
+def may_be_small() -> bool:
+    """Whether a call is left to PyTorch's own operations if it is small: an eager one whose backend nobody named."""
+    return leave_small_calls and _backend == "auto" and not is_compiling() and not torch._C._is_any_autocast_enabled()
+
+
+def wants_gradient(*arguments: Tensor | None) -> bool:
+    """Whether autograd is to note a call of these."""
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in arguments)
 
 
 def record_fast(op: str) -> None:
     """Count one call of `op` that a fast path serves. Not counted while torch.compile traces."""
-    if not torch.compiler.is_compiling():
-        _fast[op] += 1
+    if not is_compiling():
+        fast_calls[op] += 1
 
 
 def record_decline(op: str, reason: str) -> None:
     """Count one call of `op` that fell to a slower path, by reason. Not counted while torch.compile traces."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         _declined[op][reason] += 1
 
 
 def stats() -> dict[str, Counts]:
     """Calls since the start or `reset_stats`, by op: ``{"fast": count, "declined": {reason: count}}``."""
-    return {op: {"fast": _fast[op], "declined": dict(_declined.get(op, {}))} for op in sorted({*_fast, *_declined})}
+    declined = {op: dict(reasons) for op, reasons in _declined.items()}
+    for op, count in small_calls.items():
+        declined.setdefault(op, {})[SMALL] = count
+    return {op: {"fast": fast_calls[op], "declined": declined.get(op, {})} for op in sorted({*fast_calls, *declined})}
 
 
 def reset_stats() -> None:
     """Set every count of `stats` to zero."""
-    _fast.clear()
+    fast_calls.clear()
+    small_calls.clear()
     _declined.clear()
 
 
 @contextmanager
 def not_counted() -> Iterator[None]:
     """Calls inside leave the counts of `stats` as they were: those of a self-test are not the user's."""
-    fast, declined = Counter(_fast), {op: Counter(reasons) for op, reasons in _declined.items()}
+    fast, small = Counter(fast_calls), Counter(small_calls)
+    declined = {op: Counter(reasons) for op, reasons in _declined.items()}
     try:
         yield
     finally:
         reset_stats()
-        _fast.update(fast)
+        fast_calls.update(fast)
+        small_calls.update(small)
         _declined.update(declined)
 
 

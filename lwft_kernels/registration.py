@@ -129,8 +129,8 @@ def register(
     backward: Formula,
     triton: str,
     differentiable_outputs: int = 1,
-) -> Callable[..., Any]:
-    """Register shapes and gradient of `op` and return the function that calls it.
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Register shapes and gradient of `op` and return the functions that call it.
 
     Args:
         op: name; the library defines ``lwft::{op}_forward`` and ``lwft::{op}_backward``.
@@ -141,8 +141,9 @@ def register(
             backward.
 
     Returns:
-        A function of the forward op's arguments, all positional, that returns the differentiable results: the tensor
-        where there is one, else a tuple.
+        Two functions of the forward op's arguments, all positional, that return the differentiable results: the tensor
+        where there is one, else a tuple. The first serves every call. The second is for what `backend.attempts`: it
+        calls the compiled kernel with no look at the arguments, and returns None where the op refuses them.
     """
     define(f"{op}_forward", forward_fake)
     define(f"{op}_backward", backward_fake)
@@ -216,4 +217,20 @@ def register(
             )
         return apply(*args) if torch.is_grad_enabled() else results(below_autograd(*args))
 
-    return call
+    def attempt(*args: Any) -> Any:
+        # Looking at every argument costs more than a small call. So the op is called first: it refuses what does not go
+        # together before it computes anything, and the caller, given None, looks for what it is.
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return None
+        try:
+            if torch.is_grad_enabled():
+                result = apply(*args)
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    result = results(forward_op(*args))
+        except (RuntimeError, TypeError, AttributeError):
+            return None
+        backend.fast_calls[op] += 1
+        return result
+
+    return call, attempt

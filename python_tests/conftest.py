@@ -31,6 +31,17 @@ def fresh_state() -> None:
     reached._classes.clear()  # which classes torch.compile has traced
 
 
+@pytest.fixture(autouse=True)
+def kernels_for_small_calls(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Tests take small shapes and mean the kernels; with `small_calls` such calls are left to PyTorch."""
+    monkeypatch.setattr(backend, "leave_small_calls", "small_calls" in request.fixturenames)
+
+
+@pytest.fixture
+def small_calls() -> None:
+    """Small calls are left to PyTorch's own operations, as they are for a user."""
+
+
 @pytest.fixture
 def native() -> Iterator[None]:
     """The compiled kernels or a failure: a test of them must not pass on the reference."""

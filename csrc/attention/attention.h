@@ -33,9 +33,10 @@ struct AttentionRule {
   int64_t window;
   Strided bias;  // (B, H, S, L) of bias_dtype or null; added after softcap
   DType bias_dtype;
-  Strided mask;            // (B, H, S, L) bool, nonzero = may attend, or null
-  const int64_t* lengths;  // (B) number of valid keys, or null; prefix keys are always valid
-  Dropout dropout;         // row = (b * H + h) * S + i, col = j over prefix, then keys
+  Strided mask;                // (B, H, S, L) bool, nonzero = may attend, or null
+  const int64_t* lengths;      // (B) number of valid keys, or null; prefix keys are always valid
+  Dropout dropout;             // row = (b * H + h) * S + i, col = j over prefix, then keys
+  const int64_t* device_seed;  // CUDA: (seed, offset) in device memory, to stand for those of dropout; null on the CPU
 };
 
 struct AttentionForward {
@@ -47,6 +48,7 @@ struct AttentionForward {
   StridedOut out;              // (B, H, S, D)
   // (B, H, S) contiguous, accumulate dtype; natural logarithm; -inf where nothing may be seen
   void* lse;
+  void* workspace;  // CUDA: attention_forward_workspace(p) floats in device memory
 };
 
 struct AttentionBackward {
@@ -64,6 +66,13 @@ struct AttentionBackward {
   void* dprefix_v;
   int64_t prefix_batch;  // B or 1
 };
+
+// The CUDA kernels (attention_cuda.cu, attention_decode_cuda.cu); their pointers are the device's. Why they cannot serve
+// this call, or null.
+const char* attention_cuda_declines(const AttentionForward&);
+// Enqueues them on a cudaStream_t and returns a cudaError_t.
+int attention_forward_cuda(const AttentionForward&, void* stream);
+int64_t attention_forward_workspace(const AttentionForward&);
 
 // One level of the CPU kernels (common/cpu/dispatch.h).
 struct AttentionKernels {

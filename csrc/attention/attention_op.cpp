@@ -2,6 +2,9 @@
 #include "attention/attention.h"
 #include "common/cpu/dispatch.h"
 #include "common/op.h"
+#ifdef LWFT_WITH_CUDA
+#include "common/cuda_stream.h"
+#endif
 
 namespace lwft {
 namespace {
@@ -104,8 +107,8 @@ struct Inputs {
     return s;
   }
 
-  AttentionRule rule(double scale, bool causal, int64_t window, double softcap, double dropout_p,
-                     const MaybeTensor& seed) const {
+  // But for the dropout, whose seed may lie on the device.
+  AttentionRule rule(double scale, bool causal, int64_t window, double softcap) const {
     AttentionRule r{};
     r.scale = scale;
     r.softcap = softcap;
@@ -115,11 +118,39 @@ struct Inputs {
     r.bias_dtype = bias ? dtype_of(*bias) : DType::f32;
     r.mask = strided(mask);
     r.lengths = static_cast<const int64_t*>(data(lengths));
-    r.dropout = dropout_of(seed, dropout_p);
     return r;
   }
 };
 
+// Set the dropout from `seed`, which lies on the device of q, and run the kernel.
+struct OnCpu {
+  static void run(AttentionForward& p, const Tensor&, const MaybeTensor& seed, double dropout_p) {
+    p.rule.dropout = dropout_of(seed, dropout_p);
+    cpu_kernels().attention->forward(p);
+  }
+  static void run(AttentionBackward& p, const Tensor&, const MaybeTensor& seed, double dropout_p) {
+    p.rule.dropout = dropout_of(seed, dropout_p);
+    cpu_kernels().attention->backward(p);
+  }
+};
+
+#ifdef LWFT_WITH_CUDA
+struct OnCuda {
+  static void run(AttentionForward& p, const Tensor& q, const MaybeTensor& seed, double dropout_p) {
+    set_device_dropout(p.rule, seed, dropout_p);
+    require_cuda(attention_cuda_declines(p));
+    const Tensor workspace = empty(q, {attention_forward_workspace(p)}, DType::f32);
+    p.workspace = workspace.mutable_data_ptr();
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    require_no_error(attention_forward_cuda(p, current_cuda_stream(q)));
+  }
+  static void run(AttentionBackward&, const Tensor&, const MaybeTensor&, double) {
+    require_cuda("its gradient is not computed in CUDA C++");
+  }
+};
+#endif
+
+template <class Device>
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& bias,
                                              const MaybeTensor& mask, const MaybeTensor& prefix_k,
                                              const MaybeTensor& prefix_v, const MaybeTensor& lengths,
@@ -129,7 +160,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
   const Inputs in(q, k, v, bias, mask, prefix_k, prefix_v, lengths);
   AttentionForward p{};
   p.shape = in.shape();
-  p.rule = in.rule(scale, causal, window, softcap, dropout_p, seed);
+  p.rule = in.rule(scale, causal, window, softcap);
   p.q = strided(in.q);
   p.k = strided(in.k);
   p.v = strided(in.v);
@@ -140,10 +171,11 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
   Tensor lse = empty(q, {s.batch, s.heads, s.queries}, accumulate_dtype(s.dtype));
   p.out = strided_out(out, true);
   p.lse = lse.mutable_data_ptr();
-  cpu_kernels().attention->forward(p);
+  Device::run(p, q, seed, dropout_p);
   return {out, lse};
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out_in, const MaybeTensor& grad_lse_in, const Tensor& q, const Tensor& k, const Tensor& v,
     const MaybeTensor& bias, const MaybeTensor& mask, const MaybeTensor& prefix_k, const MaybeTensor& prefix_v,
@@ -155,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Wanted wanted(needs);
   AttentionBackward p{};
   p.shape = in.shape();
-  p.rule = in.rule(scale, causal, window, softcap, dropout_p, seed);
+  p.rule = in.rule(scale, causal, window, softcap);
   p.grad_out = strided(grad_out);
   p.grad_lse = data(grad_lse);
   p.q = strided(in.q);
@@ -191,26 +223,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     p.dprefix_k = wanted.data(4, dprefix_k);
     p.dprefix_v = wanted.data(5, dprefix_v);
   }
-  cpu_kernels().attention->backward(p);
+  Device::run(p, q, seed, dropout_p);
   return {dq, dk, dv, dbias, dprefix_k, dprefix_v};
 }
 
 }  // namespace
 }  // namespace lwft
 
+constexpr char kForwardSchema[] =
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? prefix_k, "
+    "Tensor? prefix_v, Tensor? lengths, Tensor? seed, float scale, bool causal, int window, float softcap, "
+    "float dropout_p) -> (Tensor out, Tensor lse)";
+
+constexpr char kBackwardSchema[] =
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, "
+    "Tensor? mask, Tensor? prefix_k, Tensor? prefix_v, Tensor? lengths, Tensor out, Tensor lse, "
+    "Tensor? seed, float scale, bool causal, int window, float softcap, float dropout_p, int needs) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dprefix_k, Tensor dprefix_v)";
+
 STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
-  m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? prefix_k, "
-      "Tensor? prefix_v, Tensor? lengths, Tensor? seed, float scale, bool causal, int window, float softcap, "
-      "float dropout_p) -> (Tensor out, Tensor lse)");
-  m.def(
-      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, "
-      "Tensor? mask, Tensor? prefix_k, Tensor? prefix_v, Tensor? lengths, Tensor out, Tensor lse, "
-      "Tensor? seed, float scale, bool causal, int window, float softcap, float dropout_p, int needs) "
-      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dprefix_k, Tensor dprefix_v)");
+  m.def(kForwardSchema);
+  m.def(kBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lwft, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&lwft::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&lwft::attention_backward));
+  m.impl("attention_forward", TORCH_BOX(&lwft::attention_forward<lwft::OnCpu>));
+  m.impl("attention_backward", TORCH_BOX(&lwft::attention_backward<lwft::OnCpu>));
 }
+
+#ifdef LWFT_WITH_CUDA
+// In a namespace of their own: on a GPU, Python chooses between these and Triton's kernels (lwft_kernels/registration.py).
+STABLE_TORCH_LIBRARY_FRAGMENT(lwft_cuda, m) {
+  m.def(kForwardSchema);
+  m.def(kBackwardSchema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lwft_cuda, CUDA, m) {
+  m.impl("attention_forward", TORCH_BOX(&lwft::attention_forward<lwft::OnCuda>));
+  m.impl("attention_backward", TORCH_BOX(&lwft::attention_backward<lwft::OnCuda>));
+}
+#endif

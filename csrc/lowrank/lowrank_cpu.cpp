@@ -30,12 +30,15 @@ namespace {
 // Tokens of a block: a multiple of kTileRows, and 48 x kColumns floats fit the first cache beside a panel.
 template <class E>
 constexpr int64_t kBlockRows = round_up(48, kTileRows<E>);
+// Backward sums over the tokens of a block in registers, then adds that to the sums in memory: it takes more of them.
 template <class E>
-constexpr int64_t kLeastBlockRows = round_up(12, kTileRows<E>);
-// A short batch is cut into about so many blocks, a matrix into so many slices, for as many threads. Backward's slices are
-// fewer where there are fewer threads (but for the columns of a slice no sum depends on them): a narrow one reads x in
-// pieces so short that the memory fetches nothing ahead.
-constexpr int64_t kBlocks = 32, kSlices = 16, kFewestSlices = 4;
+constexpr int64_t kLeastForwardRows = round_up(12, kTileRows<E>);
+template <class E>
+constexpr int64_t kLeastBackwardRows = round_up(24, kTileRows<E>);
+// A short batch is cut into about so many blocks, a matrix into so many slices, for as many threads. Where there are fewer
+// threads, so are forward's blocks and backward's slices, on which no sum depends: a small block reads both factors for
+// few rows, and a narrow slice reads x in pieces so short that the memory fetches nothing ahead.
+constexpr int64_t kBlocks = 32, kSlices = 16, kFewestSlices = 4, kBlocksPerThread = 4;
 // Columns of a wide matrix that are written in one step: one block of the dropout stream, whole panels on
 // every level. A slice is of one to four of them: narrower ones waste what the memory fetches ahead.
 constexpr int64_t kColumns = kPhiloxColumns, kWidestSlice = 4 * kColumns;
@@ -45,9 +48,10 @@ static_assert(kColumns % kPanelColumns<float> == 0 && kColumns % kPanelColumns<d
 constexpr int64_t kDepth = 64, kDotDepth = kKBlock, kPairDepth = 256;
 static_assert(kDepth % kColumns == 0 && kDotDepth % kDepth == 0);
 // An adapter with so few tokens is read where it lies: it would be packed for one use.
-constexpr int64_t kFewRows = 8;
-// Multiply-adds (or copied elements) below which a loop is not worth waking other threads for.
-constexpr int64_t kSerialWork = 1 << 18;
+template <class E>
+constexpr int64_t kFewRows = kIsPair<E> ? 8 : 16;
+// Multiply-adds (or copied elements) below which a loop is not worth waking other threads for: some 40 us of one.
+constexpr int64_t kSerialWork = 1 << 21;
 // Columns that one task packs.
 constexpr int64_t kPackColumns = 1024;
 
@@ -80,8 +84,10 @@ struct Plan {
   bool contiguous(const Block& block) const { return token(block, block.rows - 1) - token(block, 0) == block.rows - 1; }
 };
 
+// `wished` blocks of at least so many rows.
 template <class E>
-Plan make_plan(int64_t tokens, int64_t adapters, const int64_t* adapter_index, Scratch& scratch) {
+Plan make_plan(int64_t tokens, int64_t adapters, const int64_t* adapter_index, int64_t wished, int64_t least_rows,
+               Scratch& scratch) {
   const int64_t groups = adapters + 1;
   int64_t* const first = scratch.take<int64_t>(groups + 1);
   int64_t* const group_block = scratch.take<int64_t>(groups + 1);
@@ -99,8 +105,8 @@ Plan make_plan(int64_t tokens, int64_t adapters, const int64_t* adapter_index, S
     for (int64_t token = 0; token < tokens; ++token) order[next[group_of(token)]++] = token;
   }
 
-  const int64_t wished = round_up(ceil_div(tokens, kBlocks), kTileRows<E>);
-  const int64_t block_rows = maximum(kLeastBlockRows<E>, minimum(wished, kBlockRows<E>));
+  const int64_t rows = round_up(ceil_div(tokens, wished), kTileRows<E>);
+  const int64_t block_rows = maximum(least_rows, minimum(rows, kBlockRows<E>));
   group_block[0] = 0;
   for (int64_t group = 0; group < groups; ++group) {
     group_block[group + 1] = group_block[group] + ceil_div(first[group + 1] - first[group], block_rows);
@@ -306,7 +312,8 @@ class Forward {
  public:
   explicit Forward(const LowRankForward& parameters)
       : p(parameters),
-        plan(make_plan<E>(p.tokens, p.adapters, p.adapter_index, scratch)),
+        plan(make_plan<E>(p.tokens, p.adapters, p.adapter_index, minimum(kBlocks, kBlocksPerThread * thread_count()),
+                          kLeastForwardRows<E>, scratch)),
         bias(bias_row()),
         down{{p.param_dtype, p.a, p.in_features, p.rank, 1, p.in_features}, scratch.take<E*>(plan.groups)},
         up{{p.param_dtype, p.b, p.rank, p.out_features, 1, p.rank}, kIsPair<E> ? nullptr : bias},
@@ -354,7 +361,7 @@ class Forward {
     int64_t count = 0;
     for (int64_t group = 0; group < plan.groups; ++group) {
       down.packed[group] = up_packed[group] = nullptr;
-      if (group == p.adapters || plan.tokens(group) <= kFewRows) continue;
+      if (group == p.adapters || plan.tokens(group) <= kFewRows<E>) continue;
       if (!down.lies_right()) down.packed[group] = scratch.take<E>(down.packed_size());
       up_packed[group] = scratch.take<E>(up.packed_size(p.out_features));
       groups[count++] = group;
@@ -478,7 +485,7 @@ class Backward {
  public:
   explicit Backward(const LowRankBackward& parameters)
       : p(parameters),
-        plan(make_plan<E>(p.tokens, p.adapters, p.adapter_index, scratch)),
+        plan(make_plan<E>(p.tokens, p.adapters, p.adapter_index, kBlocks, kLeastBackwardRows<E>, scratch)),
         up{{p.param_dtype, p.b, p.out_features, p.rank, p.rank, 1}, scratch.take<E*>(plan.groups)},
         down{{p.param_dtype, p.a, p.rank, p.in_features, p.in_features, 1}, nullptr},
         middle_stride(padded<T>(p.rank)),
@@ -518,7 +525,7 @@ class Backward {
     int64_t count = 0;
     for (int64_t group = 0; group < plan.groups; ++group) {
       up.packed[group] = nullptr;
-      if (group == p.adapters || plan.tokens(group) <= kFewRows || up.lies_right()) continue;
+      if (group == p.adapters || plan.tokens(group) <= kFewRows<E> || up.lies_right()) continue;
       up.packed[group] = scratch.take<E>(up.packed_size());
       groups[count++] = group;
     }
@@ -583,7 +590,8 @@ class Backward {
     E* const panels = p.dx != nullptr ? local.take<E>(down.packed_size(end - begin)) : nullptr;
     for (int64_t group = 0; group < p.adapters; ++group) {
       const Block *const first = first_block(group), *const last = last_block(group);
-      if (panels != nullptr && first < last) down.pack(group, begin, end, panels);
+      const bool packs = panels != nullptr && first < last && !reads_a_as_it_lies(group);
+      if (packs) down.pack(group, begin, end, panels);
       for (const Block* block = first; block < last; ++block) {
         const Mode mode = block == first ? Mode::overwrite : Mode::accumulate;
         for (int64_t j = begin; j < end; j += kColumns) {
@@ -594,7 +602,7 @@ class Backward {
                              more ? j + kColumns : begin, kColumns);
           }
           take_x(*block, j, minimum(kColumns, end - j), sums != nullptr ? sums + at_j : nullptr, stride, mode,
-                 panels != nullptr ? panels + at_j * down.depth() : nullptr);
+                 packs ? panels + at_j * down.depth() : nullptr);
         }
       }
       if (sums == nullptr) continue;
@@ -641,15 +649,15 @@ class Backward {
                   sums, sums_stride, mode);
       }
     }
-    if (a_panels == nullptr) return;
+    if (p.dx == nullptr) return;
     const bool as_it_is =
         !kIsPair<E> && !streams && mask == nullptr && p.x_dtype == dtype_of<T>() && n % kLanes<T> == 0;
     if (as_it_is && plan.contiguous(block)) {
       T* const dx = static_cast<T*>(p.dx) + plan.token(block, 0) * p.in_features + j;
-      times_a(block, n, a_panels, dx, p.in_features);
+      times_a(block, j, n, a_panels, dx, p.in_features);
       return;
     }
-    times_a(block, n, a_panels, tile, kColumns);
+    times_a(block, j, n, a_panels, tile, kColumns);
     visit_storage(p.x_dtype, [&](auto storage) {
       using Storage = decltype(storage);
       for (int64_t i = 0; i < block.rows; ++i) {
@@ -665,8 +673,21 @@ class Backward {
     });
   }
 
-  // middle A, n columns of it
-  void times_a(const Block& block, int64_t n, const E* a_panels, T* to, int64_t stride) const {
+  // One block uses A: packing it would cost as much as the product.
+  bool reads_a_as_it_lies(int64_t group) const {
+    return !kIsPair<E> && p.param_dtype == dtype_of<T>() && p.in_features % kLanes<T> == 0 &&
+           last_block(group) - first_block(group) == 1;
+  }
+
+  // middle A, columns j .. j + n - 1 of it; a_panels is null where A is read as it lies
+  void times_a(const Block& block, int64_t j, int64_t n, const E* a_panels, T* to, int64_t stride) const {
+    if constexpr (!kIsPair<E>) {
+      if (a_panels == nullptr) {
+        const T* const a = static_cast<const T*>(down.factor.element(block.group, 0, j));
+        return gemm_rows(block.rows, n, p.rank, middle + block.first * middle_stride, middle_stride, 1, a,
+                         p.in_features, to, stride, Mode::overwrite);
+      }
+    }
     if constexpr (kIsPair<E>) {
       const int64_t depth = units<E>(p.rank);
       gemm(block.rows, n, depth, middle_rows + block.first * depth, depth, 1, a_panels, to, stride, Mode::overwrite);
@@ -798,6 +819,9 @@ class Backward {
     const int64_t n = end - begin;
     T* const panels = local.take<T>(panel_size<T>(n, p.rank));
     pack_panels(dtype_of<T>(), sums, 1, stride, n, p.rank, panels);
+    if (p.rank <= kPanelColumns<T> && padded<T>(p.rank) == p.rank) {  // one panel, which is dB as it lies
+      return store_row(p.param_dtype, panels, n * p.rank, p.db, (group * p.out_features + begin) * p.rank);
+    }
     for (int64_t j = 0; j < p.rank; j += kPanelColumns<T>) {
       const int64_t width = minimum(kPanelColumns<T>, p.rank - j);
       for (int64_t c = 0; c < n; ++c) {
@@ -826,7 +850,7 @@ void run_by_dtype(const Parameters& p) {
   if (p.param_dtype == DType::f64) return Kernel<double>(p).run_all();
   if constexpr (kMultipliesBFloat16) {
     const bool all_bfloat16 = p.x_dtype == DType::bf16 && p.param_dtype == DType::bf16 && p.out_dtype == DType::bf16;
-    if (all_bfloat16 && p.adapter_index == nullptr && p.tokens > kFewRows) {
+    if (all_bfloat16 && p.adapter_index == nullptr && p.tokens > kFewRows<BFloat16Pair>) {
       return Kernel<BFloat16Pair>(p).run_all();
     }
   }

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "adapter/adapter.h"
+#include "attention/attention.h"
 #include "common/cpu/dispatch.h"
 #include "common/cuda/row.cuh"
 #include "lowrank/lowrank.h"
@@ -40,6 +41,7 @@ constexpr double kAllowedError<Float16> = 3e-3;
 template <class T>
 std::vector<T> random(int64_t count, uint32_t seed) {
   std::vector<T> values;
+  values.reserve(static_cast<size_t>(count));  // and no more, so that a step too far is one too far
   for (float x : random_values<float>(count, seed)) values.push_back(from_float<T>(x));
   return values;
 }
@@ -217,116 +219,91 @@ void test_adapter(int64_t tokens, int64_t d, int64_t m, bool norm) {
       [&] { return run(cpu_level(0).adapter->forward, cpu_level(0).adapter->backward); });
 }
 
-// `adapters` > 0: stacked, with dropout, of an odd number added to what is there; else with the gradient of the bias.
-template <class T, class F>
-void test_low_rank(int64_t tokens, int64_t d_in, int64_t rank, int64_t d_out, int64_t adapters) {
-  const int64_t n = adapters > 0 ? adapters : 1;
-  const auto x = random<T>(tokens * d_in, 1), base = random<T>(tokens * d_out, 2), bias = random<T>(d_out, 3);
-  const auto grad_out = random<T>(tokens * d_out, 4);
-  std::vector<F> a, b;
-  for (float value : random_values<float>(n * rank * d_in, 5)) a.push_back(from_float<F>(value));
-  for (float value : random_values<float>(n * d_out * rank, 6)) b.push_back(from_float<F>(value));
-  std::vector<int64_t> index;
-  for (int64_t token = 0; token < tokens && adapters > 0; ++token) {
-    index.push_back(token % 7 == 3 ? -1 : token * adapters / tokens);
-  }
-  const auto run = [&](auto&& forward, auto&& backward) {
-    Results<T> results{base, std::vector<T>(tokens * d_in)};
-    std::vector<float> hidden(tokens * rank);
-    std::vector<F> da(a.size()), db(b.size());
-    LowRankForward p{};
-    p.tokens = tokens;
-    p.in_features = d_in;
-    p.rank = rank;
-    p.out_features = d_out;
-    p.adapters = n;
-    p.x_dtype = p.out_dtype = p.bias_dtype = kType<T>;
-    p.param_dtype = kType<F>;
-    p.x = x.data();
-    p.x_row_stride = d_in;
-    p.a = a.data();
-    p.b = b.data();
-    p.adapter_index = adapters > 0 ? index.data() : nullptr;
-    p.bias = bias.data();
-    p.scale = 0.5;
-    if (adapters > 0) p.dropout = make_dropout(1, 2, 0.25);
-    p.accumulate = adapters % 2 == 1;
-    p.out = results[0].data();
-    p.out_row_stride = d_out;
-    p.hidden = hidden.data();
+// Everything the rule has, or nothing of it.
+template <class T>
+void test_attention(int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys, int64_t d, bool everything) {
+  const int64_t batch = 2, prefix = everything ? 5 : 0;
+  const auto q = random<T>(batch * heads * queries * d, 1), k = random<T>(batch * kv_heads * keys * d, 2);
+  const auto v = random<T>(batch * kv_heads * keys * d, 3), bias = random<T>(heads * queries * keys, 4);
+  const auto prefix_k = random<T>(kv_heads * prefix * d, 5), prefix_v = random<T>(kv_heads * prefix * d, 6);
+  std::vector<uint8_t> mask(queries * keys);
+  for (size_t i = 0; i < mask.size(); ++i) mask[i] = i % 5 != 0;
+  const std::vector<int64_t> lengths{keys - 1, keys / 2};
+  const auto run = [&](auto&& forward) {
+    Results<T> results{std::vector<T>(batch * heads * queries * d)};
+    std::vector<float> lse(batch * heads * queries);
+    AttentionForward p{};
+    p.shape = {batch, heads, kv_heads, queries, keys, prefix, d, kType<T>};
+    p.rule.scale = 0.5;
+    p.rule.bias_dtype = kType<T>;
+    if (everything) {
+      p.rule.softcap = 2.0;
+      p.rule.causal = true;
+      p.rule.window = keys - 2;
+      p.rule.bias = {bias.data(), {0, queries * keys, keys, 1}};
+      p.rule.mask = {mask.data(), {0, 0, keys, 1}};
+      p.rule.lengths = lengths.data();
+      p.rule.dropout = make_dropout(1, 2, 0.25);
+      p.prefix_k = {prefix_k.data(), {0, prefix * d, d, 1}};
+      p.prefix_v = {prefix_v.data(), {0, prefix * d, d, 1}};
+    }
+    p.q = {q.data(), {heads * queries * d, queries * d, d, 1}};
+    p.k = {k.data(), {kv_heads * keys * d, keys * d, d, 1}};
+    p.v = {v.data(), {kv_heads * keys * d, keys * d, d, 1}};
+    p.out = {results[0].data(), {heads * queries * d, d, heads * d, 1}};
+    p.lse = lse.data();
     forward(p);
-    if (adapters == 0) results.emplace_back(d_out);
-    LowRankBackward g{};
-    g.tokens = tokens;
-    g.in_features = d_in;
-    g.rank = rank;
-    g.out_features = d_out;
-    g.adapters = n;
-    g.x_dtype = g.out_dtype = g.bias_dtype = kType<T>;
-    g.param_dtype = kType<F>;
-    g.grad_out = grad_out.data();
-    g.grad_out_row_stride = d_out;
-    g.x = x.data();
-    g.x_row_stride = d_in;
-    g.a = a.data();
-    g.b = b.data();
-    g.hidden = hidden.data();
-    g.adapter_index = p.adapter_index;
-    g.scale = p.scale;
-    g.dropout = p.dropout;
-    g.dx = results[1].data();
-    g.da = da.data();
-    g.db = db.data();
-    g.dbias = adapters > 0 ? nullptr : results[2].data();
-    backward(g);
-    const auto rounded = [](const std::vector<F>& gradient) {
-      std::vector<T> values;
-      for (F value : gradient) values.push_back(from_float<T>(to_float(value)));
-      return values;
-    };
-    results.push_back(rounded(da));
-    results.push_back(rounded(db));
+    results.emplace_back();
+    for (float x : lse) results[1].push_back(from_float<T>(x));
     return results;
   };
   compare<T>(
-      "the low-rank product", tokens, d_in, rank,
+      "attention", queries, keys, d,
       [&] {
-        return run(
-            [](LowRankForward& p) {
-              check(low_rank_cuda_declines(p) == nullptr, kWhere, "the low-rank product declines");
-              std::vector<float> workspace(low_rank_forward_workspace(p), NAN);
-              p.workspace = workspace.data();
-              check(low_rank_forward_cuda(p, nullptr) == 0, kWhere, "the low-rank product fails");
-            },
-            [](LowRankBackward& p) {
-              check(low_rank_cuda_declines(p) == nullptr, kWhere, "its backward declines");
-              std::vector<float> workspace(low_rank_backward_workspace(p), NAN);
-              p.workspace = workspace.data();
-              check(low_rank_backward_cuda(p, nullptr) == 0, kWhere, "its backward fails");
-            });
+        return run([](AttentionForward& p) {
+          check(attention_cuda_declines(p) == nullptr, kWhere, "attention declines");
+          std::vector<float> workspace(attention_forward_workspace(p), NAN);
+          p.workspace = workspace.data();
+          check(attention_forward_cuda(p, nullptr) == 0, kWhere, "attention fails");
+        });
       },
-      [&] { return run(cpu_level(0).lowrank->forward, cpu_level(0).lowrank->backward); });
+      [&] { return run(cpu_level(0).attention->forward); });
 }
 
 }  // namespace
 
-int main() {
+// With the name of a room, its kernels alone.
+int main(int argc, char** argv) {
+  const auto wanted = [&](const char* room) { return argc < 2 || std::strcmp(argv[1], room) == 0; };
   set_parallel_for(tests::run_on_two_threads);
-  test_adapter<BFloat16>(1, 8, 8, true);
-  test_adapter<BFloat16>(65, 136, 24, false);
-  test_adapter<Float16>(70, 72, 56, true);
-  test_adapter<Float16>(3, 136, 72, true);
-  test_adapter<BFloat16>(140, 8, 64, true);
-  test_add_layer_norm<BFloat16>(3, 1032);
-  test_add_layer_norm<Float16>(9, 72);
-  test_add_layer_norm<float>(2, 4104);
-  test_add_layer_norm<float>(270, 4104);  // more rows than blocks of backward
-  test_low_rank<BFloat16, BFloat16>(1, 8, 3, 8, 0);
-  test_low_rank<BFloat16, float>(70, 136, 12, 72, 0);
-  test_low_rank<Float16, Float16>(3, 1096, 20, 40, 0);  // slices of the middle
-  test_low_rank<BFloat16, float>(140, 72, 8, 200, 3);
-  test_low_rank<Float16, float>(66, 136, 40, 72, 2);
-  test_low_rank<BFloat16, BFloat16>(9, 200, 72, 136, 0);
+  if (wanted("adapter")) {
+    test_adapter<BFloat16>(1, 8, 8, true);
+    test_adapter<BFloat16>(65, 136, 24, false);
+    test_adapter<Float16>(70, 72, 56, true);
+    test_adapter<Float16>(3, 136, 72, true);
+    test_adapter<BFloat16>(140, 8, 64, true);
+  }
+  if (wanted("attention")) {
+    test_attention<BFloat16>(1, 1, 66, 70, 72, true);
+    test_attention<BFloat16>(2, 1, 33, 66, 40, false);
+    test_attention<Float16>(1, 1, 65, 40, 136, true);
+    test_attention<Float16>(4, 2, 9, 70, 64, true);     // few rows
+    test_attention<BFloat16>(4, 1, 1, 1100, 16, true);  // in two parts of the keys
+  }
+  if (wanted("norm")) {
+    test_add_layer_norm<BFloat16>(3, 1032);
+    test_add_layer_norm<Float16>(9, 72);
+    test_add_layer_norm<float>(2, 4104);
+    test_add_layer_norm<float>(270, 4104);  // more rows than blocks of backward
+  }
+  if (wanted("lowrank")) {
+    test_low_rank<BFloat16, BFloat16>(1, 8, 3, 8, 0);
+    test_low_rank<BFloat16, float>(70, 136, 12, 72, 0);
+    test_low_rank<Float16, Float16>(3, 1096, 20, 40, 0);  // slices of the middle
+    test_low_rank<BFloat16, float>(140, 72, 8, 200, 3);
+    test_low_rank<Float16, float>(66, 136, 40, 72, 2);
+    test_low_rank<BFloat16, BFloat16>(9, 200, 72, 136, 0);
+  }
   if (tests::failures == 0) std::puts("ok");
   return tests::failures == 0 ? 0 : 1;
 }

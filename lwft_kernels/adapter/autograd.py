@@ -98,7 +98,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None
     return tuple(result)
 
 
-adapter = register(
+adapter, try_adapter = register(
     "adapter",
     forward_fake=_forward_fake,
     backward_fake=_backward_fake,

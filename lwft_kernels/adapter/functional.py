@@ -73,8 +73,8 @@ def adapter(
         position = _POSITIONS.get(activation) if type(activation) is str else None
         if position is not None:
             seed = dropout.draw_seed(x.device) if dropout_p else None
-            found: Tensor | None = backend.attempt(
-                _OP, autograd.adapter, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
+            found: Tensor | None = autograd.try_adapter(
+                x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
                 None if residual is x else residual, seed, position, eps, scale, dropout_p, residual is x,
             )  # fmt: skip
             if found is not None:

@@ -106,7 +106,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return dq, dk, dv, dbias, None, dprefix_k, dprefix_v, *(None,) * (_INPUTS - 7)
 
 
-attention = register(
+attention, try_attention = register(
     "attention",
     forward_fake=_forward_fake,
     backward_fake=_backward_fake,

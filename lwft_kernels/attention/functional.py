@@ -6,12 +6,14 @@ import math
 from typing import Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lwft_kernels import backend, checks, dropout
 from lwft_kernels.attention import autograd, reference
 
 _OP = "attention"
+_SMALL = backend.Small(forward=128 << 10, backward=1 << 20)  # multiply-adds of q k^T
 _LARGEST_TRITON_HEAD = 256  # tiles of whole heads lie in the registers and the shared memory of one program
 
 
@@ -106,11 +108,19 @@ def attention(
         out, (B, H, S, D) in the dtype of q, laid out so that ``out.transpose(1, 2).reshape(B, S, H * D)``
         copies nothing; with `return_lse` also lse, (B, H, S), float32, or float64 for float64 inputs. A query
         that may attend to nothing gets zeros, lse -inf and zero gradients, never NaN. Under autocast q, k, v,
-        prefix and bias are cast to its dtype, as for `scaled_dot_product_attention`.
+        prefix and bias are cast to its dtype, as for `scaled_dot_product_attention`. On the CPU a small plain or causal
+        call is left to that, which takes less time; `stats()` counts it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
     """
+    if (
+        bias is None and mask is None and prefix_k is None and prefix_v is None
+        and window is None and softcap is None and lengths is None and return_lse is False
+    ):  # fmt: skip
+        small = _by_torch(q, k, v, scale, causal, dropout_p)
+        if small is not None:
+            return small
     if (
         backend.attempts(q)
         and q.dim() == 4
@@ -122,8 +132,8 @@ def attention(
         and (window is None or (type(window) is int and window > 0))
         and (softcap is None or (type(softcap) is float and softcap > 0.0))
     ):
-        found: tuple[Tensor, Tensor] | None = backend.attempt(
-            _OP, autograd.attention, q, k, v, bias, mask, prefix_k, prefix_v, lengths,
+        found: tuple[Tensor, Tensor] | None = autograd.try_attention(
+            q, k, v, bias, mask, prefix_k, prefix_v, lengths,
             dropout.draw_seed(q.device) if dropout_p else None,
             1.0 / math.sqrt(q.shape[3] or 1) if scale is None else scale,  # the op refuses a head size of zero
             causal, window or 0, softcap or 0.0, dropout_p,
@@ -182,6 +192,37 @@ def attention(
         scale, causal, window or 0, softcap or 0.0, dropout_p,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _by_torch(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, dropout_p: float) -> Tensor | None:
+    """A small call by `scaled_dot_product_attention`, where every query sees a key; else None."""
+    try:
+        if not (type(dropout_p) is float and dropout_p == 0.0 and type(causal) is bool and backend.may_be_small()):
+            return None
+        _, heads, queries, head_dim = shape = q.shape
+        keys = queries if k.shape == shape else k.shape[2]
+        work = q.numel() * keys
+        any_layout = heads == 1 or queries == 1
+        if not (
+            0 < work <= _SMALL.backward
+            and q.is_cpu
+            and v.shape == k.shape
+            and (any_layout or q.stride(1) == head_dim)
+            and (work <= _SMALL.forward or backend.wants_gradient(q, k, v))
+            and (k.shape == shape or (not causal and k.shape == (*shape[:2], keys, head_dim)))
+            and (scale is None or (type(scale) is float and math.isfinite(scale)))
+        ):
+            return None
+        if scale is None and not causal:  # arguments by name take half a microsecond
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        if any_layout or out.stride(1) == head_dim:
+            backend.small_calls[_OP] += 1
+            return out
+    except (RuntimeError, TypeError, AttributeError, IndexError, ValueError):
+        pass  # the checks that follow say which argument it was
+    return None
 
 
 def _triton_limit(head_dim: int) -> str | None:

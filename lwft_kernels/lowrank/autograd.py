@@ -64,7 +64,7 @@ def _low_rank_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tens
     return tuple(gradients(results, needs))
 
 
-low_rank_linear = register(
+low_rank_linear, try_low_rank_linear = register(
     "low_rank_linear",
     forward_fake=_low_rank_forward_fake,
     backward_fake=_low_rank_backward_fake,
@@ -143,7 +143,7 @@ def _lora_linear_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[T
     )
 
 
-lora_linear = register(
+lora_linear, try_lora_linear = register(
     "lora_linear",
     forward_fake=_lora_linear_forward_fake,
     backward_fake=_lora_linear_backward_fake,
@@ -199,7 +199,7 @@ def _lora_delta_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Te
     return (grad_out, *gradients(results, needs), None, None, None, None)
 
 
-lora_delta = register(
+lora_delta, _ = register(
     "lora_delta",
     forward_fake=_lora_delta_forward_fake,
     backward_fake=_lora_delta_backward_fake,

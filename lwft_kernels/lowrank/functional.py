@@ -30,7 +30,7 @@ def low_rank_linear(x: Tensor, down_weight: Tensor, up_weight: Tensor, bias: Ten
     """
     op = "low_rank_linear"
     if backend.attempts(x):
-        found: Tensor | None = backend.attempt(op, autograd.low_rank_linear, x, down_weight, up_weight, bias)
+        found: Tensor | None = autograd.try_low_rank_linear(x, down_weight, up_weight, bias)
         if found is not None:
             return found
 
@@ -101,8 +101,8 @@ def lora_linear(
     op = "lora_linear"
     if adapter_index is None and backend.attempts(x) and dropout.is_probability(dropout_p) and type(scale) is float:
         seed = dropout.draw_seed(x.device) if dropout_p else None
-        found: Tensor | None = backend.attempt(
-            op, autograd.lora_linear, x, operand(weight), bias, lora_a, lora_b, None, seed, scale, dropout_p
+        found: Tensor | None = autograd.try_lora_linear(
+            x, operand(weight), bias, lora_a, lora_b, None, seed, scale, dropout_p
         )
         if found is not None:
             return found

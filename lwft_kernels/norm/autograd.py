@@ -83,7 +83,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None
     return (*found, None, None, None)
 
 
-add_layer_norm = register(
+add_layer_norm, try_add_layer_norm = register(
     "add_layer_norm",
     forward_fake=_forward_fake,
     backward_fake=_backward_fake,

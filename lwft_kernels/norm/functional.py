@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from lwft_kernels.norm import autograd, reference
 
 _OP = "add_layer_norm"
 _LARGEST_TRITON_ROW = 8192  # a row lies in the registers of one program
+_SMALL = backend.Small(forward=16 << 10, backward=96 << 10)  # elements of x
 
 
 def add_layer_norm(
@@ -35,15 +38,17 @@ def add_layer_norm(
 
     Returns:
         (..., d) in the promoted dtype of `x` and `sublayer_out`; float32 under autocast on CUDA, as `layer_norm` gives.
+        On the CPU a small call without dropout is left to `layer_norm`, which takes less time; `stats()` counts it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
     """
+    small = _by_torch(x, sublayer_out, weight, bias, eps, dropout_p)
+    if small is not None:
+        return small
     if backend.attempts(x) and dropout.is_probability(dropout_p) and type(eps) is float:
         seed = dropout.draw_seed(x.device) if dropout_p else None
-        found: Tensor | None = backend.attempt(
-            _OP, autograd.add_layer_norm, x, sublayer_out, weight, bias, seed, eps, dropout_p
-        )
+        found: Tensor | None = autograd.try_add_layer_norm(x, sublayer_out, weight, bias, seed, eps, dropout_p)
         if found is not None:
             return found
 
@@ -79,6 +84,31 @@ def add_layer_norm(
         return reference.add_layer_norm(x, sublayer_out, weight, bias, eps, dropout_p=dropout_p, seed=seed)
     out: Tensor = autograd.add_layer_norm(x, sublayer_out, weight, bias, seed, eps, dropout_p)
     return out
+
+
+def _by_torch(
+    x: Tensor, sublayer_out: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float
+) -> Tensor | None:
+    """A small call by PyTorch's own operations; else None. Whether the parameters fit they see themselves."""
+    try:
+        if (
+            type(dropout_p) is float
+            and dropout_p == 0.0
+            and backend.may_be_small()
+            and 0 < (work := x.numel()) <= _SMALL.backward
+            and x.is_cpu
+            and x.dtype is sublayer_out.dtype
+            and (shape := x.shape) == sublayer_out.shape
+            and type(eps) is float
+            and 0.0 < eps < math.inf
+            and (work <= _SMALL.forward or backend.wants_gradient(x, sublayer_out, weight, bias))
+        ):
+            out = torch.layer_norm(x + sublayer_out, shape[-1:], weight, bias, eps)
+            backend.small_calls[_OP] += 1
+            return out
+    except (RuntimeError, TypeError, AttributeError):
+        pass  # the checks that follow say which argument it was
+    return None
 
 
 def _triton_limit(d: int) -> str | None:

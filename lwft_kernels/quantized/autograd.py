@@ -62,7 +62,7 @@ def _backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
     return (dx, *(None,) * (_BIAS - 1), dbias, None)
 
 
-quantized_linear = register(
+quantized_linear, _ = register(
     "quantized_linear",
     forward_fake=_forward_fake,
     backward_fake=_backward_fake,

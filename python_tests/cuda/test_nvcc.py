@@ -60,6 +60,36 @@ def test_adapter_forward_is_of_tensor_core_instructions(tmp_path):
         assert ".local" not in kernel, "an array is indexed by a value known only at run time"
 
 
+def products_and_copies(kernel, dtype, products):
+    """Whether a kernel consists of so many tensor core products of a dtype, and copies without registers in between."""
+    kind = "bf16.bf16" if dtype == "BFloat16" else "f16.f16"
+    assert kernel.count(f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.f32") == kernel.count("mma.sync") == products
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in kernel
+    assert "cp.async.cg.shared.global" in kernel
+    assert ".local" not in kernel, "an array is indexed by a value known only at run time"
+
+
+def test_attention_forward_is_of_tensor_core_instructions(tmp_path):
+    kernels = entries("attention/attention_cuda.cu", tmp_path)
+    assert len(kernels) == 6  # 2 dtypes, 3 head sizes
+    for kernel in kernels:
+        dtype, *sizes = re.search(r"(BFloat16|7Float16)ELi(\d+)ELi(\d+)ELi(\d+)", kernel).groups()
+        head, row_tiles, keys = map(int, sizes)
+        # S = Q K^T and P V for the rows of a warp, 16 x 8 x 16 each
+        products_and_copies(kernel, dtype, 2 * row_tiles * (head // 16) * (keys // 8))
+
+
+def test_attention_decode_is_of_tensor_core_instructions(tmp_path):
+    kernels = entries("attention/attention_decode_cuda.cu", tmp_path)
+    assert len(kernels) == 8  # 2 dtypes: 3 head sizes, the merge
+    for kernel in kernels:
+        if "attention_merge" in kernel:
+            assert ".local" not in kernel
+            continue
+        dtype, head = re.search(r"(BFloat16|7Float16)ELi(\d+)", kernel).groups()
+        products_and_copies(kernel, dtype, 2 * (int(head) // 16) * (16 // 8))
+
+
 def test_low_rank_products_are_of_tensor_core_instructions(tmp_path):
     kernels = entries("lowrank/lowrank_cuda.cu", tmp_path)
     assert len(kernels) == 2 * 14 + 2  # down and up: 2 dtypes, 4 ranks, of float32 factors 3; packing, adding up

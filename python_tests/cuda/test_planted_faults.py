@@ -52,6 +52,30 @@ FAULTS = [
      "range < space.ranges - 1;"),
     ("the mask is not laid over the gradient", "adapter/adapter_backward_cuda.cu",
      "if (words.word[v] < dropout.threshold)", "if (words.word[0] < dropout.threshold)"),
+    ("a key too many is seen", "attention/attention_cuda.cuh", "k >= seen.end", "k > seen.end"),
+    ("the edge of a window is taken for its inside", "attention/attention_cuda.cuh", "first < full.begin ||", ""),
+    ("a bias is read beyond the last key", "attention/attention_cuda.cuh",
+     "if (k >= 0 && k < tile.end) x[j][2 * half + e] +=", "if (k >= 0) x[j][2 * half + e] +="),
+    ("dropout draws for the wrong row", "attention/attention_cuda.cuh", "group.index(row + 8 * half);",
+     "group.index(row + half);"),
+    ("half of the draws are used twice", "attention/attention_forward_cuda.cuh", "kept[m] >> shift", "kept[m]"),
+    ("tiles of keys are off the random stream's grid", "attention/attention_cuda.cuh", "? prefix % Keys : 0;",
+     "? 0 : 0;"),
+    ("what was summed before keeps its scale", "attention/attention_forward_cuda.cuh",
+     "out[d][2 * half + 1] *= factor;", ""),
+    ("halves of a fragment change places", "attention/attention_forward_cuda.cuh",
+     "x[m][j + i / 2][i % 2 * 2], x[m][j + i / 2][i % 2 * 2 + 1]",
+     "x[m][j + i % 2][i / 2 * 2], x[m][j + i % 2][i / 2 * 2 + 1]"),
+    ("a row too many is stored by attention", "attention/attention_cuda.cu", "if (r >= group.rows) continue;",
+     "if (r > group.rows) continue;"),
+    ("tiles are left out between the parts", "attention/attention_decode_cuda.cu", "(tiles.count + parts - 1) / parts",
+     "tiles.count / parts"),
+    ("a barrier is missing before the warps' maxima are read", "attention/attention_decode_cuda.cu", "block_barrier();",
+     ""),
+    ("a warp's part of the sums is left out", "attention/attention_decode_cuda.cu",
+     "for (int w = 1; w < KeyWarps; ++w) sum +=", "for (int w = 2; w < KeyWarps; ++w) sum +="),
+    ("the parts are added with their own scale", "attention/attention_decode_cuda.cu",
+     "exp2_fast((*partial.highest - shift_of(highest)) * unit)", "1.0f"),
     ("a row of another adapter is multiplied", "lowrank/lowrank_cuda.cu",
      "if (!stacked || own[half] == list[turn % adapters]) continue;", "if (true) continue;"),
     ("the middle is added up but for the last slice", "lowrank/lowrank_cuda.cu", "slice < p.slices &&",
@@ -88,12 +112,13 @@ def test_a_fault_is_found(tmp_path, fault, file, text, instead):
     broken = tmp_path / file
     broken.parent.mkdir(parents=True)
     broken.write_text(source.replace(text, instead, 1))
-    # a header is compiled with the kernels that are the first to include it
-    room = "lowrank" if file.startswith("lowrank/") else "adapter"
-    kernel = ROOT / "csrc" / room / f"{room}_cuda.cu" if broken.suffix == ".cuh" else broken
+    of_header = file.partition("/")[0].replace("common", "adapter")  # the room whose kernels include it
+    kernel = ROOT / "csrc" / of_header / f"{of_header}_cuda.cu" if broken.suffix == ".cuh" else broken
     program = tmp_path / "program"
     compile_it = ["g++", *FLAGS, "-Wno-unknown-pragmas", "-I", tmp_path, "-I", ROOT / "csrc", "-x", "c++", kernel]
     link = ["-x", "none", TEST, *LIBRARIES, "-pthread", "-o", program]
     subprocess.run([*compile_it, *link], check=True, capture_output=True)
-    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
+    room = file.partition("/")[0]
+    command = [program] if room == "common" else [program, room]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode == 0) == (fault in HARMLESS), done.stdout + done.stderr

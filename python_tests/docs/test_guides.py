@@ -52,7 +52,7 @@ def no_process_group_is_left():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", pages(), ids=name)
-def test_every_block_runs(page, tmp_path, monkeypatch):
+def test_every_block_runs(page, tmp_path, monkeypatch, small_calls):
     monkeypatch.chdir(tmp_path)
     found = list(blocks(page))
     assert found, f"{page.name} has no example"

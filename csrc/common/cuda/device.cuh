@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-// (threads of a block), or (threads, blocks that a multiprocessor has registers for at least)
+// Of so many threads a block; then, where ptxas must not spill for more, of so many blocks that fit a multiprocessor.
 #define LWFT_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define LWFT_DEVICE __device__ __forceinline__
 
@@ -72,8 +72,19 @@ LWFT_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+LWFT_DEVICE int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 LWFT_DEVICE void block_barrier() { __syncthreads(); }
 LWFT_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
+
+LWFT_DEVICE float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 
 LWFT_DEVICE float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 LWFT_DEVICE float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }

@@ -259,6 +259,11 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row, const char* name) {
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix<false>(r, row, "ldmatrix"); }
 inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) { ldmatrix<true>(r, row, "ldmatrix.trans"); }
 
+inline float exp2_fast(float x) {
+  const float result = std::exp2(x);
+  return result < 0x1p-126f ? 0.0f : result;
+}
+
 inline float to_float(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float value;
@@ -364,6 +369,8 @@ inline void copy_wait() {
     fiber.committed.pop_front();
   }
 }
+
+inline int anew(int value) { return value; }
 
 inline void block_barrier() {
   emulation::Block& block = *emulation::current;

@@ -12,6 +12,8 @@
 //   copy_async             16 bytes from global to shared memory, or zeros; copy_commit, copy_wait<N>
 //   block_barrier          __syncthreads
 //   shuffle_xor            a value of the lane whose number differs in the bits of a mask
+//   anew                   the same value; what follows from it is computed again and not held in registers since before
+//   exp2_fast              2^x, its last two bits uncertain, 0 below 2^-126
 //   to_float, from_float   16-bit conversions, round to nearest even
 //
 // Not emulated: bank conflicts, the memory model between blocks, register pressure, the order of the tensor core's own

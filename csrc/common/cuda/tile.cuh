@@ -55,23 +55,41 @@ LWFT_DEVICE void for_chunks(int chunks, T* stages, int stage_elements, const Loa
   }
 }
 
-// Two mma tiles of 8 columns each: acc[0], acc[1] += A B^T, B (16 columns, 16 of the sum) in shared memory with row stride
-// `stride`.
+// A operand of 16 rows, 16 of the sum, in shared memory with row stride `stride`.
 template <class T>
-LWFT_DEVICE void multiply_pair(float (*acc)[4], const uint32_t (&a)[4], const T* b, int stride) {
+LWFT_DEVICE void load_rows(uint32_t (&fragment)[4], const T* a, int stride) {
   const int lane = thread_index() % kWarpLanes;
-  uint32_t fragment[4];
+  ldmatrix_x4(fragment, a + lane % 16 * stride + lane / 16 * 8);
+}
+
+// B operands of two mma tiles of 8 columns each, {[0], [1]} and {[2], [3]}: B (16 columns, 16 of the sum) in shared memory.
+template <class T>
+LWFT_DEVICE void load_pair(uint32_t (&fragment)[4], const T* b, int stride) {
+  const int lane = thread_index() % kWarpLanes;
   ldmatrix_x4(fragment, b + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8);
-  mma<T>(acc[0], a, fragment[0], fragment[1]);
-  mma<T>(acc[1], a, fragment[2], fragment[3]);
 }
 
 // The same with B^T (16 of the sum, 16 columns) in shared memory, transposed on the way.
 template <class T>
-LWFT_DEVICE void multiply_pair_transposed(float (*acc)[4], const uint32_t (&a)[4], const T* b, int stride) {
+LWFT_DEVICE void load_pair_transposed(uint32_t (&fragment)[4], const T* b, int stride) {
   const int lane = thread_index() % kWarpLanes;
-  uint32_t fragment[4];
   ldmatrix_x4_transposed(fragment, b + (lane % 8 + lane / 8 % 2 * 8) * stride + lane / 16 * 8);
+}
+
+// acc[0], acc[1] += A B^T, B as load_pair takes it.
+template <class T>
+LWFT_DEVICE void multiply_pair(float (*acc)[4], const uint32_t (&a)[4], const T* b, int stride) {
+  uint32_t fragment[4];
+  load_pair(fragment, b, stride);
+  mma<T>(acc[0], a, fragment[0], fragment[1]);
+  mma<T>(acc[1], a, fragment[2], fragment[3]);
+}
+
+// acc[0], acc[1] += A B, B as load_pair_transposed takes it.
+template <class T>
+LWFT_DEVICE void multiply_pair_transposed(float (*acc)[4], const uint32_t (&a)[4], const T* b, int stride) {
+  uint32_t fragment[4];
+  load_pair_transposed(fragment, b, stride);
   mma<T>(acc[0], a, fragment[0], fragment[1]);
   mma<T>(acc[1], a, fragment[2], fragment[3]);
 }

@@ -97,9 +97,7 @@ def _simple(module: lora.Linear, x: Tensor) -> Tensor | None:
     if not backend.attempts(x):
         return None
     seed = dropout.draw_seed(x.device) if dropout_p else None
-    out: Tensor | None = backend.attempt(
-        "lora_linear", autograd.lora_linear, x, weight, bias, a, b, None, seed, scale, dropout_p
-    )
+    out: Tensor | None = autograd.try_lora_linear(x, weight, bias, a, b, None, seed, scale, dropout_p)
     if out is not None:
         reached.mark(module)
         if weight is not held["weight"]:
@@ -288,8 +286,8 @@ def _with_base(x: Tensor, weight: Tensor, bias: Tensor | None, branch: _Branch) 
         tokens = tokens.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1]).reshape(-1)
     if backend.attempts(x):
         seed = dropout.draw_seed(x.device) if branch.dropout_p else None
-        found: Tensor | None = backend.attempt(
-            "lora_linear", autograd.lora_linear, x, operand(weight), bias, branch.a, branch.b, tokens, seed,
+        found: Tensor | None = autograd.try_lora_linear(
+            x, operand(weight), bias, branch.a, branch.b, tokens, seed,
             branch.scale, branch.dropout_p,
         )  # fmt: skip
         if found is not None:
