@@ -1,5 +1,5 @@
 // lwft::low_rank_linear_*, lora_linear_* and lora_delta_*: tensors to LowRankForward / LowRankBackward, and the product
-// with the frozen weight, which is the vendor's where the vendor has one.
+// with the frozen weight, which is the vendor's where the vendor has one; on a GPU always.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <chrono>
@@ -9,6 +9,17 @@
 #include "common/cpu/dispatch.h"
 #include "common/op.h"
 #include "lowrank/lowrank.h"
+
+#ifdef LWFT_WITH_CUDA
+#include "common/cuda_stream.h"
+
+// In libtorch_cuda alone, hence weak, as the stream is.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                                                          AtenTensorHandle mat1, AtenTensorHandle mat2,
+                                                                          double beta, double alpha);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                                                       AtenTensorHandle mat2);
+#endif
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -47,74 +58,14 @@ void check(const Tensor& x, const Tensor& a, const Tensor& b, bool stacked, doub
   require(dtype_of(a) == dtype_of(b));
 }
 
-// A wrong index would read past the stacked adapters. The kernel walks the indices anyway, so this costs
-// nothing.
 template <class Parameters>
-void set_adapter_index(Parameters& p, const MaybeTensor& adapter_index) {
-  p.adapter_index = adapter_index ? static_cast<const int64_t*>(data(*adapter_index)) : nullptr;
-  for (int64_t token = 0; p.adapter_index != nullptr && token < p.tokens; ++token) {
-    const int64_t adapter = p.adapter_index[token];
-    STD_TORCH_CHECK(adapter >= -1 && adapter < p.adapters, "lwft: adapter_index must lie between -1 and ",
-                    p.adapters - 1, ", got ", adapter);
-  }
-}
-
-template <class Parameters>
-void set_input(Parameters& p, const Rows& x, double scale, const MaybeTensor& seed, double dropout_p) {
+void set_input(Parameters& p, const Rows& x, double scale, const MaybeTensor& adapter_index) {
   p.tokens = x.count();
   p.x_dtype = x.dtype();
   p.x = x.data();
   p.x_row_stride = x.stride();
   p.scale = scale;
-  p.dropout = dropout_of(seed, dropout_p);
-}
-
-// out = bias + the product, or out += the product; returns the hidden middle.
-Tensor forward_into(const Tensor& out, bool accumulate, const Rows& x, const MaybeTensor& bias_in,
-                    const Factors& factors, const MaybeTensor& index_in, const MaybeTensor& seed, double scale,
-                    double dropout_p) {
-  const MaybeTensor bias = as_contiguous(bias_in), index = as_contiguous(index_in);
-  LowRankForward p{};
-  factors.fill(p);
-  set_input(p, x, scale, seed, dropout_p);
-  set_adapter_index(p, index);
-  p.bias = data(bias);
-  p.bias_dtype = bias ? dtype_of(*bias) : p.x_dtype;
-  p.accumulate = accumulate;
-  p.out = out.mutable_data_ptr();
-  p.out_dtype = dtype_of(out);
-  p.out_row_stride = Rows(out).stride();
-  Tensor hidden = empty(x.tensor(), shape_of(x.tensor(), p.rank), accumulate_dtype(p.param_dtype));
-  p.hidden = hidden.mutable_data_ptr();
-  cpu_kernels().lowrank->forward(p);
-  return hidden;
-}
-
-// Where the gradients go; null for those that are not wanted.
-struct Gradients {
-  void *dx, *da, *db, *dbias;
-  DType bias_dtype;
-};
-
-void backward_into(const Gradients& gradients, const Rows& grad_out, const Rows& x, const Factors& factors,
-                   const Tensor& hidden_in, const MaybeTensor& index_in, const MaybeTensor& seed, double scale,
-                   double dropout_p) {
-  const Tensor hidden = as_contiguous(hidden_in);
-  const MaybeTensor index = as_contiguous(index_in);
-  LowRankBackward p{};
-  factors.fill(p);
-  set_input(p, x, scale, seed, dropout_p);
-  set_adapter_index(p, index);
-  p.grad_out = grad_out.data();
-  p.out_dtype = grad_out.dtype();
-  p.grad_out_row_stride = grad_out.stride();
-  p.hidden = data(hidden);
-  p.dx = gradients.dx;
-  p.da = gradients.da;
-  p.db = gradients.db;
-  p.dbias = gradients.dbias;
-  p.bias_dtype = gradients.bias_dtype;
-  cpu_kernels().lowrank->backward(p);
+  p.adapter_index = adapter_index ? static_cast<const int64_t*>(data(*adapter_index)) : nullptr;
 }
 
 // An uninitialised gradient like what it is the gradient of; empty if it is not wanted.
@@ -127,9 +78,6 @@ Tensor empty_like(const Wanted& wanted, int bit, const Tensor& tensor) {
 // The vendor's, below autograd, by the C shim, which takes no torch::Scalar: result += a b, or result = a b.
 void vendor_add_product(const Tensor& result, const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), a.get(), b.get(), 1.0, 1.0));
-}
-void product_into(const Tensor& result, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), a.get(), b.get()));
 }
 
 Tensor transposed(const Tensor& matrix) {
@@ -253,27 +201,156 @@ void unpack_weight_(const Tensor& weight, const Tensor& packed) {
   cpu_kernels().lowrank->unpack_weight(p, weight.mutable_data_ptr());
 }
 
-// result += rows W^T if `transpose`, else rows W; d_out and d_in are the sizes of W.
-void add_base_product(const Tensor& result_in, const Rows& rows, const Tensor& weight, bool transpose, int64_t d_out,
-                      int64_t d_in) {
-  if (rows.count() == 0) return;
-  const Rows result(result_in);
-  if (!is_packed(weight)) {
-    return add_product(result.matrix(), rows.matrix(), transpose ? transposed(weight) : weight);
+// ---- the two devices ----
+
+struct OnCpu {
+  static constexpr bool kMayShareMemory = false;  // x and out
+
+  static void run(LowRankForward& p, const Tensor&, const MaybeTensor& seed, double dropout_p) {
+    prepare(p, seed, dropout_p);
+    cpu_kernels().lowrank->forward(p);
   }
-  PackedProduct p{};
-  p.weight = packed_weight(weight, d_out, d_in, rows.dtype());
-  p.transpose = transpose;
-  p.rows = rows.count();
-  p.a = rows.data();
-  p.a_row_stride = rows.stride();
-  p.out = result_in.mutable_data_ptr();
-  p.out_row_stride = result.stride();
-  cpu_kernels().lowrank->packed_product(p);
+  static void run(LowRankBackward& p, const Tensor&, const MaybeTensor& seed, double dropout_p) {
+    prepare(p, seed, dropout_p);
+    cpu_kernels().lowrank->backward(p);
+  }
+
+  // result += rows W^T if `transpose`, else rows W; d_out and d_in are the sizes of W.
+  static void add_base_product(const Tensor& result_in, const Rows& rows, const Tensor& weight, bool transpose,
+                               int64_t d_out, int64_t d_in) {
+    if (rows.count() == 0) return;
+    const Rows result(result_in);
+    if (!is_packed(weight)) {
+      return add_product(result.matrix(), rows.matrix(), transpose ? transposed(weight) : weight);
+    }
+    PackedProduct p{};
+    p.weight = packed_weight(weight, d_out, d_in, rows.dtype());
+    p.transpose = transpose;
+    p.rows = rows.count();
+    p.a = rows.data();
+    p.a_row_stride = rows.stride();
+    p.out = result_in.mutable_data_ptr();
+    p.out_row_stride = result.stride();
+    cpu_kernels().lowrank->packed_product(p);
+  }
+
+  static void product_into(const Tensor& result, const Tensor& a, const Tensor& b) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), a.get(), b.get()));
+  }
+
+ private:
+  // A wrong index would read past the stacked adapters. The kernel walks the indices anyway, so looking costs nothing.
+  template <class Parameters>
+  static void prepare(Parameters& p, const MaybeTensor& seed, double dropout_p) {
+    p.dropout = dropout_of(seed, dropout_p);
+    for (int64_t token = 0; p.adapter_index != nullptr && token < p.tokens; ++token) {
+      const int64_t adapter = p.adapter_index[token];
+      STD_TORCH_CHECK(adapter >= -1 && adapter < p.adapters, "lwft: adapter_index must lie between -1 and ",
+                      p.adapters - 1, ", got ", adapter);
+    }
+  }
+};
+
+#ifdef LWFT_WITH_CUDA
+struct OnCuda {
+  static constexpr bool kMayShareMemory = true;  // all of x is read before out is written
+
+  static void run(LowRankForward& p, const Tensor& x, const MaybeTensor& seed, double dropout_p) {
+    enqueue(p, x, seed, dropout_p, low_rank_forward_workspace, low_rank_forward_cuda);
+  }
+  static void run(LowRankBackward& p, const Tensor& x, const MaybeTensor& seed, double dropout_p) {
+    enqueue(p, x, seed, dropout_p, low_rank_backward_workspace, low_rank_backward_cuda);
+  }
+
+  static void add_base_product(const Tensor& result_in, const Rows& rows, const Tensor& weight, bool transpose, int64_t,
+                               int64_t) {
+    require_vendor();
+    require_cuda(is_packed(weight) ? "a packed weight is for the CPU" : nullptr);
+    if (rows.count() == 0) return;
+    const torch::stable::accelerator::DeviceGuard guard(result_in.get_device_index());
+    const Tensor result = Rows(result_in).matrix(), a = rows.matrix();
+    const Tensor b = transpose ? transposed(weight) : weight;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(result.get(), result.get(), a.get(), b.get(), 1.0, 1.0));
+  }
+
+  static void product_into(const Tensor& result, const Tensor& a, const Tensor& b) {
+    require_vendor();
+    const torch::stable::accelerator::DeviceGuard guard(result.get_device_index());
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(result.get(), a.get(), b.get()));
+  }
+
+ private:
+  static void require_vendor() {
+    STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr && aoti_torch_cuda_mm_out != nullptr,
+                    "lwft: this torch was built without CUDA");
+  }
+
+  template <class P>
+  static void enqueue(P& p, const Tensor& x, const MaybeTensor& seed, double dropout_p,
+                      int64_t (*workspace_floats)(const P&), int (*kernel)(const P&, void*)) {
+    set_device_dropout(p, seed, dropout_p);
+    require_cuda(low_rank_cuda_declines(p));
+    const Tensor workspace = empty(x, {workspace_floats(p)}, DType::f32);
+    p.workspace = workspace.mutable_data_ptr();
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    require_no_error(kernel(p, current_cuda_stream(x)));
+  }
+};
+#endif
+
+// ---- the branch ----
+
+// out = bias + the product, or out += the product; returns the hidden middle.
+template <class Device>
+Tensor forward_into(const Tensor& out, bool accumulate, const Rows& x, const MaybeTensor& bias_in,
+                    const Factors& factors, const MaybeTensor& index_in, const MaybeTensor& seed, double scale,
+                    double dropout_p) {
+  const MaybeTensor bias = as_contiguous(bias_in), index = as_contiguous(index_in);
+  LowRankForward p{};
+  factors.fill(p);
+  set_input(p, x, scale, index);
+  p.bias = data(bias);
+  p.bias_dtype = bias ? dtype_of(*bias) : p.x_dtype;
+  p.accumulate = accumulate;
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = dtype_of(out);
+  p.out_row_stride = Rows(out).stride();
+  Tensor hidden = empty(x.tensor(), shape_of(x.tensor(), p.rank), accumulate_dtype(p.param_dtype));
+  p.hidden = hidden.mutable_data_ptr();
+  Device::run(p, x.tensor(), seed, dropout_p);
+  return hidden;
+}
+
+// Where the gradients go; null for those that are not wanted.
+struct Gradients {
+  void *dx, *da, *db, *dbias;
+  DType bias_dtype;
+};
+
+template <class Device>
+void backward_into(const Gradients& gradients, const Rows& grad_out, const Rows& x, const Factors& factors,
+                   const Tensor& hidden_in, const MaybeTensor& index_in, const MaybeTensor& seed, double scale,
+                   double dropout_p) {
+  const Tensor hidden = as_contiguous(hidden_in);
+  const MaybeTensor index = as_contiguous(index_in);
+  LowRankBackward p{};
+  factors.fill(p);
+  set_input(p, x, scale, index);
+  p.grad_out = grad_out.data();
+  p.out_dtype = grad_out.dtype();
+  p.grad_out_row_stride = grad_out.stride();
+  p.hidden = data(hidden);
+  p.dx = gradients.dx;
+  p.da = gradients.da;
+  p.db = gradients.db;
+  p.dbias = gradients.dbias;
+  p.bias_dtype = gradients.bias_dtype;
+  Device::run(p, x.tensor(), seed, dropout_p);
 }
 
 // ---- low_rank_linear ----
 
+template <class Device>
 std::tuple<Tensor, Tensor> low_rank_linear_forward(const Tensor& x_in, const Tensor& down_weight,
                                                    const Tensor& up_weight, const MaybeTensor& bias) {
   check(x_in, down_weight, up_weight, false, 1.0);
@@ -283,10 +360,11 @@ std::tuple<Tensor, Tensor> low_rank_linear_forward(const Tensor& x_in, const Ten
   const Rows x(x_in);
   const Factors factors(down_weight, up_weight);
   Tensor out = empty(x_in, shape_of(x_in, up_weight.size(0)), x.dtype());
-  Tensor hidden = forward_into(out, false, x, bias, factors, {}, {}, 1.0, 0.0);
+  Tensor hidden = forward_into<Device>(out, false, x, bias, factors, {}, {}, 1.0, 0.0);
   return {out, hidden};
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(const Tensor& grad_in, const Tensor& x_in,
                                                                     const Tensor& down_weight, const Tensor& up_weight,
                                                                     const Tensor& hidden, int64_t needs) {
@@ -299,12 +377,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(const Tensor
   Tensor dbias = wanted.empty(3, x_in, {up_weight.size(0)}, param_dtype);
   const Gradients gradients{wanted.data(0, dx), wanted.data(1, ddown), wanted.data(2, dup), wanted.data(3, dbias),
                             param_dtype};
-  backward_into(gradients, grad_out, x, factors, hidden, {}, {}, 1.0, 0.0);
+  backward_into<Device>(gradients, grad_out, x, factors, hidden, {}, {}, 1.0, 0.0);
   return {dx, ddown, dup, dbias};
 }
 
 // ---- lora_linear: the low-rank part and the bias first, then x W^T is added in place ----
 
+template <class Device>
 std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Tensor& weight, const MaybeTensor& bias,
                                                const Tensor& lora_a, const Tensor& lora_b,
                                                const MaybeTensor& adapter_index, const MaybeTensor& seed, double scale,
@@ -321,11 +400,12 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Tensor&
   require(!adapter_index || is_vector(*adapter_index, x.count()));
   const Factors factors(lora_a, lora_b);
   Tensor out = empty(x_in, shape_of(x_in, d_out), dtype);
-  Tensor hidden = forward_into(out, false, x, bias, factors, adapter_index, seed, scale, dropout_p);
-  add_base_product(out, x, weight, true, d_out, d_in);
+  Tensor hidden = forward_into<Device>(out, false, x, bias, factors, adapter_index, seed, scale, dropout_p);
+  Device::add_base_product(out, x, weight, true, d_out, d_in);
   return {out, hidden};
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_in, const Tensor& x_in,
                                                                         const Tensor& weight, const Tensor& lora_a,
                                                                         const Tensor& lora_b, const Tensor& hidden,
@@ -342,9 +422,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(const Te
   Tensor dbias = wanted.empty(2, x_in, {d_out}, dtype);
   Tensor da = empty_like(wanted, 3, lora_a), db = empty_like(wanted, 4, lora_b);
   const Gradients gradients{wanted.data(0, dx), wanted.data(3, da), wanted.data(4, db), wanted.data(2, dbias), dtype};
-  backward_into(gradients, grad_out, x, factors, hidden, adapter_index, seed, scale, dropout_p);
-  if (wanted[0]) add_base_product(dx, grad_out, weight, false, d_out, d_in);
-  if (wanted[1]) product_into(dweight, grad_out.transposed(), x.matrix());
+  backward_into<Device>(gradients, grad_out, x, factors, hidden, adapter_index, seed, scale, dropout_p);
+  if (wanted[0]) Device::add_base_product(dx, grad_out, weight, false, d_out, d_in);
+  if (wanted[1]) Device::product_into(dweight, grad_out.transposed(), x.matrix());
   return {dx, dweight, dbias, da, db};
 }
 
@@ -360,6 +440,7 @@ bool share_memory(const Rows& x, const Rows& y) {
   return first(x) < last(y) && first(y) < last(x);
 }
 
+template <class Device>
 Tensor lora_delta_forward_(const Tensor& base_out, const Tensor& x_in, const Tensor& lora_a, const Tensor& lora_b,
                            const MaybeTensor& adapter_index, const MaybeTensor& seed, double scale, double dropout_p) {
   check(x_in, lora_a, lora_b, adapter_index.has_value(), scale);
@@ -370,20 +451,22 @@ Tensor lora_delta_forward_(const Tensor& base_out, const Tensor& x_in, const Ten
                   "lwft::lora_delta_forward_: base_out must be rows of unit stride, with one stride between them");
   Rows x(x_in);
   require(out.count() == x.count() && (!adapter_index || is_vector(*adapter_index, x.count())));
-  if (x.count() > 0 && share_memory(x, out)) x = Rows(torch::stable::clone(x_in));
+  if (!Device::kMayShareMemory && x.count() > 0 && share_memory(x, out)) x = Rows(torch::stable::clone(x_in));
   const Factors factors(lora_a, lora_b);
-  return forward_into(base_out, true, x, {}, factors, adapter_index, seed, scale, dropout_p);
+  return forward_into<Device>(base_out, true, x, {}, factors, adapter_index, seed, scale, dropout_p);
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor> lora_delta_forward(const Tensor& base_out, const Tensor& x, const Tensor& lora_a,
                                               const Tensor& lora_b, const MaybeTensor& adapter_index,
                                               const MaybeTensor& seed, double scale, double dropout_p) {
   Tensor out = empty(base_out, shape_of(base_out), dtype_of(base_out));
   torch::stable::copy_(out, base_out);
-  Tensor hidden = lora_delta_forward_(out, x, lora_a, lora_b, adapter_index, seed, scale, dropout_p);
+  Tensor hidden = lora_delta_forward_<Device>(out, x, lora_a, lora_b, adapter_index, seed, scale, dropout_p);
   return {out, hidden};
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor> lora_delta_backward(const Tensor& grad_in, const Tensor& x_in, const Tensor& lora_a,
                                                        const Tensor& lora_b, const Tensor& hidden,
                                                        const MaybeTensor& adapter_index, const MaybeTensor& seed,
@@ -394,14 +477,16 @@ std::tuple<Tensor, Tensor, Tensor> lora_delta_backward(const Tensor& grad_in, co
   Tensor dx = empty_like(wanted, 0, x_in);
   Tensor da = empty_like(wanted, 1, lora_a), db = empty_like(wanted, 2, lora_b);
   const Gradients gradients{wanted.data(0, dx), wanted.data(1, da), wanted.data(2, db), nullptr, x.dtype()};
-  backward_into(gradients, grad_out, x, factors, hidden, adapter_index, seed, scale, dropout_p);
+  backward_into<Device>(gradients, grad_out, x, factors, hidden, adapter_index, seed, scale, dropout_p);
   return {dx, da, db};
 }
 
 }  // namespace
 }  // namespace lwft
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
+// The ops that both devices have.
+template <class Library>
+static void define_ops(Library& m) {
   m.def(
       "low_rank_linear_forward(Tensor x, Tensor down_weight, Tensor up_weight, Tensor? bias) "
       "-> (Tensor out, Tensor hidden)");
@@ -426,20 +511,38 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
       "lora_delta_backward(Tensor grad_out, Tensor x, Tensor lora_a, Tensor lora_b, Tensor hidden, "
       "Tensor? adapter_index, Tensor? seed, float scale, float dropout_p, int needs) "
       "-> (Tensor dx, Tensor dlora_a, Tensor dlora_b)");
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
+  define_ops(m);
   m.def("packed_weight_bytes(Tensor weight) -> int");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight_(Tensor(a!) weight, Tensor packed) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lwft, CPU, m) {
-  m.impl("low_rank_linear_forward", TORCH_BOX(&lwft::low_rank_linear_forward));
-  m.impl("low_rank_linear_backward", TORCH_BOX(&lwft::low_rank_linear_backward));
-  m.impl("lora_linear_forward", TORCH_BOX(&lwft::lora_linear_forward));
-  m.impl("lora_linear_backward", TORCH_BOX(&lwft::lora_linear_backward));
-  m.impl("lora_delta_forward", TORCH_BOX(&lwft::lora_delta_forward));
-  m.impl("lora_delta_forward_", TORCH_BOX(&lwft::lora_delta_forward_));
-  m.impl("lora_delta_backward", TORCH_BOX(&lwft::lora_delta_backward));
+  m.impl("low_rank_linear_forward", TORCH_BOX(&lwft::low_rank_linear_forward<lwft::OnCpu>));
+  m.impl("low_rank_linear_backward", TORCH_BOX(&lwft::low_rank_linear_backward<lwft::OnCpu>));
+  m.impl("lora_linear_forward", TORCH_BOX(&lwft::lora_linear_forward<lwft::OnCpu>));
+  m.impl("lora_linear_backward", TORCH_BOX(&lwft::lora_linear_backward<lwft::OnCpu>));
+  m.impl("lora_delta_forward", TORCH_BOX(&lwft::lora_delta_forward<lwft::OnCpu>));
+  m.impl("lora_delta_forward_", TORCH_BOX(&lwft::lora_delta_forward_<lwft::OnCpu>));
+  m.impl("lora_delta_backward", TORCH_BOX(&lwft::lora_delta_backward<lwft::OnCpu>));
   m.impl("packed_weight_bytes", TORCH_BOX(&lwft::packed_weight_bytes));
   m.impl("pack_weight", TORCH_BOX(&lwft::pack_weight));
   m.impl("unpack_weight_", TORCH_BOX(&lwft::unpack_weight_));
 }
+
+#ifdef LWFT_WITH_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(lwft_cuda, m) { define_ops(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(lwft_cuda, CUDA, m) {
+  m.impl("low_rank_linear_forward", TORCH_BOX(&lwft::low_rank_linear_forward<lwft::OnCuda>));
+  m.impl("low_rank_linear_backward", TORCH_BOX(&lwft::low_rank_linear_backward<lwft::OnCuda>));
+  m.impl("lora_linear_forward", TORCH_BOX(&lwft::lora_linear_forward<lwft::OnCuda>));
+  m.impl("lora_linear_backward", TORCH_BOX(&lwft::lora_linear_backward<lwft::OnCuda>));
+  m.impl("lora_delta_forward", TORCH_BOX(&lwft::lora_delta_forward<lwft::OnCuda>));
+  m.impl("lora_delta_forward_", TORCH_BOX(&lwft::lora_delta_forward_<lwft::OnCuda>));
+  m.impl("lora_delta_backward", TORCH_BOX(&lwft::lora_delta_backward<lwft::OnCuda>));
+}
+#endif

@@ -8,6 +8,7 @@
 #include "attention/attention.h"
 #include "common/cpu/dispatch.h"
 #include "common/cuda/row.cuh"
+#include "lowrank/lowrank.h"
 #include "norm/norm.h"
 #include "tests/cuda_modes.h"
 
@@ -306,6 +307,97 @@ void test_attention(int64_t heads, int64_t kv_heads, int64_t queries, int64_t ke
       [&] { return run(cpu_level(0).attention->forward, cpu_level(0).attention->backward); });
 }
 
+// `adapters` > 0: stacked, with dropout, of an odd number added to what is there; else with the gradient of the bias.
+template <class T, class F>
+void test_low_rank(int64_t tokens, int64_t d_in, int64_t rank, int64_t d_out, int64_t adapters) {
+  const int64_t n = adapters > 0 ? adapters : 1;
+  const auto x = random<T>(tokens * d_in, 1), base = random<T>(tokens * d_out, 2), bias = random<T>(d_out, 3);
+  const auto grad_out = random<T>(tokens * d_out, 4);
+  std::vector<F> a, b;
+  for (float value : random_values<float>(n * rank * d_in, 5)) a.push_back(from_float<F>(value));
+  for (float value : random_values<float>(n * d_out * rank, 6)) b.push_back(from_float<F>(value));
+  std::vector<int64_t> index;
+  for (int64_t token = 0; token < tokens && adapters > 0; ++token) {
+    index.push_back(token % 7 == 3 ? -1 : token * adapters / tokens);
+  }
+  const auto run = [&](auto&& forward, auto&& backward) {
+    Results<T> results{base, std::vector<T>(tokens * d_in, from_float<T>(NAN))};
+    std::vector<float> hidden(tokens * rank);
+    std::vector<F> da(a.size()), db(b.size());
+    LowRankForward p{};
+    p.tokens = tokens;
+    p.in_features = d_in;
+    p.rank = rank;
+    p.out_features = d_out;
+    p.adapters = n;
+    p.x_dtype = p.out_dtype = p.bias_dtype = kType<T>;
+    p.param_dtype = kType<F>;
+    p.x = x.data();
+    p.x_row_stride = d_in;
+    p.a = a.data();
+    p.b = b.data();
+    p.adapter_index = adapters > 0 ? index.data() : nullptr;
+    p.bias = bias.data();
+    p.scale = 0.5;
+    if (adapters > 0) p.dropout = make_dropout(1, 2, 0.25);
+    p.accumulate = adapters % 2 == 1;
+    p.out = results[0].data();
+    p.out_row_stride = d_out;
+    p.hidden = hidden.data();
+    forward(p);
+    if (adapters == 0) results.emplace_back(d_out);
+    LowRankBackward g{};
+    g.tokens = tokens;
+    g.in_features = d_in;
+    g.rank = rank;
+    g.out_features = d_out;
+    g.adapters = n;
+    g.x_dtype = g.out_dtype = g.bias_dtype = kType<T>;
+    g.param_dtype = kType<F>;
+    g.grad_out = grad_out.data();
+    g.grad_out_row_stride = d_out;
+    g.x = x.data();
+    g.x_row_stride = d_in;
+    g.a = a.data();
+    g.b = b.data();
+    g.hidden = hidden.data();
+    g.adapter_index = p.adapter_index;
+    g.scale = p.scale;
+    g.dropout = p.dropout;
+    g.dx = results[1].data();
+    g.da = da.data();
+    g.db = db.data();
+    g.dbias = adapters > 0 ? nullptr : results[2].data();
+    backward(g);
+    const auto rounded = [](const std::vector<F>& gradient) {
+      std::vector<T> values;
+      for (F value : gradient) values.push_back(from_float<T>(to_float(value)));
+      return values;
+    };
+    results.push_back(rounded(da));
+    results.push_back(rounded(db));
+    return results;
+  };
+  compare<T>(
+      "the low-rank product", tokens, d_in, rank,
+      [&] {
+        return run(
+            [](LowRankForward& p) {
+              check(low_rank_cuda_declines(p) == nullptr, kWhere, "the low-rank product declines");
+              std::vector<float> workspace(low_rank_forward_workspace(p), NAN);
+              p.workspace = workspace.data();
+              check(low_rank_forward_cuda(p, nullptr) == 0, kWhere, "the low-rank product fails");
+            },
+            [](LowRankBackward& p) {
+              check(low_rank_cuda_declines(p) == nullptr, kWhere, "its backward declines");
+              std::vector<float> workspace(low_rank_backward_workspace(p), NAN);
+              p.workspace = workspace.data();
+              check(low_rank_backward_cuda(p, nullptr) == 0, kWhere, "its backward fails");
+            });
+      },
+      [&] { return run(cpu_level(0).lowrank->forward, cpu_level(0).lowrank->backward); });
+}
+
 }  // namespace
 
 // With the name of a room, its kernels alone.
@@ -332,6 +424,14 @@ int main(int argc, char** argv) {
     test_add_layer_norm<Float16>(9, 72);
     test_add_layer_norm<float>(2, 4104);
     test_add_layer_norm<float>(270, 4104);  // more rows than blocks of backward
+  }
+  if (wanted("lowrank")) {
+    test_low_rank<BFloat16, BFloat16>(1, 8, 3, 8, 0);
+    test_low_rank<BFloat16, float>(70, 136, 12, 72, 0);
+    test_low_rank<Float16, Float16>(3, 1096, 20, 40, 0);  // slices of the middle
+    test_low_rank<BFloat16, float>(140, 72, 8, 200, 3);
+    test_low_rank<Float16, float>(66, 136, 40, 72, 2);
+    test_low_rank<BFloat16, BFloat16>(9, 200, 72, 136, 0);
   }
   if (tests::failures == 0) std::puts("ok");
   return tests::failures == 0 ? 0 : 1;

@@ -100,7 +100,39 @@ FAULTS = [
      "first_row + i % kKeepBytes,"),
     ("the derivative of the softcap is left out", "attention/attention_backward_cuda.cuh", "dscore * slope}",
      "dscore}"),
+    ("a row of another adapter is multiplied", "lowrank/lowrank_cuda.cu",
+     "if (!stacked || own[half] == list[turn % adapters]) continue;", "if (true) continue;"),
+    ("the middle is added up but for the last slice", "lowrank/lowrank_cuda.cu", "slice < p.slices &&",
+     "slice < p.slices - 1 &&"),
+    ("a factor's padding is not zero", "lowrank/lowrank_cuda.cu", "k < p.rank ? value_at(p.dtype, p.from, from) : 0.0f",
+     "value_at(p.dtype, p.from, from)"),
+    ("the bias is added for each adapter", "lowrank/lowrank_cuda.cu",
+     "if (turn % adapters + 1 < adapters) return;", ""),
+    ("sums go on from chunk to chunk", "lowrank/lowrank_cuda.cu", "y[j][i] = 0.0f;", ";"),
+    ("the mask of the other half", "lowrank/lowrank_cuda.cu", "a[v][half + 2 * side] &= mask;",
+     "a[v][side + 2 * half] &= mask;"),
+    ("the tile is read while others mask it", "lowrank/lowrank_backward_cuda.cu",
+     "block_barrier();  // other warps read these rows", ""),
+    ("a bit of the mask too far", "lowrank/lowrank_backward_cuda.cu", "(mask >> 30 & 2u)", "(mask >> 31 & 1u)"),
+    ("rows of no adapter are not written", "lowrank/lowrank_backward_cuda.cu", "(none && adapter == 0)", "false"),
+    ("rows of another adapter are summed up", "lowrank/lowrank_backward_cuda.cu",
+     "adapter_of(p.adapter_index, row, p.tokens) == adapter;", "row < p.tokens;"),
+    ("an element too far of the sum of columns", "lowrank/lowrank_backward_cuda.cu",
+     "&& 2 * thread_index() < columns_left", ""),
+    ("partial sums of A lie as those of B", "lowrank/lowrank_backward_cuda.cu",
+     "p.transposed ? (adapter * p.rank + k) * p.width + column : i", "i"),
+    ("columns of four tiles change places", "lowrank/lowrank_cuda.cuh", "exchange(r[1], r[3], 2);", ""),
+    ("a part of a float32 factor is left out", "lowrank/lowrank_cuda.cuh", "int part = P::kParts - 1; part >= 0;",
+     "int part = P::kParts - 1; part >= 1;"),
 ]  # fmt: skip
+# A header is compiled with kernels that include it.
+HEADER_USERS = {
+    "common/cuda/tile.cuh": "adapter/adapter_cuda.cu",
+    "attention/attention_cuda.cuh": "attention/attention_cuda.cu",
+    "attention/attention_forward_cuda.cuh": "attention/attention_cuda.cu",
+    "attention/attention_backward_cuda.cuh": "attention/attention_dkv_cuda.cu",
+    "lowrank/lowrank_cuda.cuh": "lowrank/lowrank_cuda.cu",
+}
 # Not found, and why: harmless where nothing is wrong otherwise.
 HARMLESS = {"nothing", "act(0) beyond the last token counts"}
 
@@ -112,10 +144,7 @@ def test_a_fault_is_found(tmp_path, fault, file, text, instead):
     broken = tmp_path / file
     broken.parent.mkdir(parents=True)
     broken.write_text(source.replace(text, instead, 1))
-    includes_it = "attention/attention_cuda.cu" if file.startswith("attention") else "adapter/adapter_cuda.cu"
-    if "backward" in file:
-        includes_it = "attention/attention_dkv_cuda.cu"
-    kernel = ROOT / "csrc" / includes_it if broken.suffix == ".cuh" else broken
+    kernel = ROOT / "csrc" / HEADER_USERS[file] if broken.suffix == ".cuh" else broken
     program = tmp_path / "program"
     compile_it = ["g++", *FLAGS, "-Wno-unknown-pragmas", "-I", tmp_path, "-I", ROOT / "csrc", "-x", "c++", kernel]
     link = ["-x", "none", TEST, *LIBRARIES, "-pthread", "-o", program]

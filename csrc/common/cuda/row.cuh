@@ -10,6 +10,17 @@ LWFT_DEVICE float from_float<float>(float x) {
   return x;
 }
 
+LWFT_DEVICE uint32_t to_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+LWFT_DEVICE float from_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 // 16 bytes of 16-bit elements are one load, 32 of float32 two.
 template <class T>
 struct alignas(16) Vector8 {
