@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <thread>
 #include <type_traits>
@@ -17,12 +18,14 @@
 namespace lwft::tests {
 
 inline int failures = 0;
+inline bool first_failure_ends = false;  // for who only asks whether there is one
 
 inline void check(bool holds, const char* isa, const char* what, int64_t a = 0, int64_t b = 0, int64_t c = 0) {
   if (holds) return;
   ++failures;
   std::fprintf(stderr, "FAILED on %s: %s (%lld, %lld, %lld)\n", isa, what, static_cast<long long>(a),
                static_cast<long long>(b), static_cast<long long>(c));
+  if (first_failure_ends) std::_Exit(1);
 }
 
 // A bfloat16 in memory: the upper half of a float, rounded towards zero where it is made of one.

@@ -401,8 +401,10 @@ void test_low_rank(int64_t tokens, int64_t d_in, int64_t rank, int64_t d_out, in
 }  // namespace
 
 // With the name of a room, its kernels alone.
+// Of all rooms, or of the one that is named, and then only up to the first failure.
 int main(int argc, char** argv) {
   const auto wanted = [&](const char* room) { return argc < 2 || std::strcmp(argv[1], room) == 0; };
+  tests::first_failure_ends = argc > 1;
   set_parallel_for(tests::run_on_two_threads);
   if (wanted("adapter")) {
     test_adapter<BFloat16>(1, 8, 8, true);

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "address"
 TEST = BUILD / "CMakeFiles" / "cuda_kernels_test.dir" / "csrc" / "tests" / "cuda_kernels_test.cpp.o"
 LIBRARIES = [BUILD / f"lib{name}.a" for name in ("lwft_emulated_cuda", "lwft_cpu_kernels")]
-FLAGS = ["-std=c++20", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+# The kernel itself goes without the undefined-behaviour sanitizer, which triples the time of its compilation.
+COMPILE = ["g++", "-std=c++20", "-O1", "-fsanitize=address", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas", "-c"]
+LINK = ["g++", "-fsanitize=address,undefined", "-pthread"]
 
 pytestmark = pytest.mark.skipif(not TEST.exists(), reason="not run beside a sanitizer build with tests")
 
@@ -145,11 +147,10 @@ def test_a_fault_is_found(tmp_path, fault, file, text, instead):
     broken.parent.mkdir(parents=True)
     broken.write_text(source.replace(text, instead, 1))
     kernel = ROOT / "csrc" / HEADER_USERS[file] if broken.suffix == ".cuh" else broken
-    program = tmp_path / "program"
-    compile_it = ["g++", *FLAGS, "-Wno-unknown-pragmas", "-I", tmp_path, "-I", ROOT / "csrc", "-x", "c++", kernel]
-    link = ["-x", "none", TEST, *LIBRARIES, "-pthread", "-o", program]
-    subprocess.run([*compile_it, *link], check=True, capture_output=True)
-    room = file.partition("/")[0]
-    command = [program] if room == "common" else [program, room]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    compiled, program = tmp_path / "broken.o", tmp_path / "program"
+    places = ["-I", tmp_path, "-I", ROOT / "csrc"]
+    subprocess.run([*COMPILE, *places, "-x", "c++", kernel, "-o", compiled], check=True, capture_output=True)
+    subprocess.run([*LINK, compiled, TEST, *LIBRARIES, "-o", program], check=True, capture_output=True)
+    room = HEADER_USERS.get(file, file).partition("/")[0]
+    done = subprocess.run([program, room], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode == 0) == (fault in HARMLESS), done.stdout + done.stderr
