@@ -101,9 +101,9 @@ test: $(VENV)/.install-test $(VENV)-adapters/.install library
 	$(cmake) --build build/thread $(jobs)
 	$(ctest) --test-dir build/thread
 	$(say) 'Python tests'
-	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --dist worksteal
 	$(say) 'Python tests with AdapterHub, transformers 4.57 and the oldest Triton'
-	OMP_NUM_THREADS=1 $(VENV)-adapters/bin/python -m pytest -n $(WORKERS) $(adapters_tests) $(triton_tests)
+	OMP_NUM_THREADS=1 $(VENV)-adapters/bin/python -m pytest -n $(WORKERS) --dist worksteal $(adapters_tests) $(triton_tests)
 
 # ---- for those who change the code ----
 

@@ -312,8 +312,7 @@ class Forward {
  public:
   explicit Forward(const LowRankForward& parameters)
       : p(parameters),
-        plan(make_plan<E>(p.tokens, p.adapters, p.adapter_index, minimum(kBlocks, kBlocksPerThread * thread_count()),
-                          kLeastForwardRows<E>, scratch)),
+        plan(make_plan<E>(p.tokens, p.adapters, p.adapter_index, wished_blocks(), kLeastForwardRows<E>, scratch)),
         bias(bias_row()),
         down{{p.param_dtype, p.a, p.in_features, p.rank, 1, p.in_features}, scratch.take<E*>(plan.groups)},
         up{{p.param_dtype, p.b, p.rank, p.out_features, 1, p.rank}, kIsPair<E> ? nullptr : bias},
@@ -349,6 +348,10 @@ class Forward {
   }
 
  private:
+  // Matrix registers leave the last four rows and fewer of a block to the vectors, which round otherwise: there the cut is
+  // by the shape alone.
+  static int64_t wished_blocks() { return kIsPair<E> ? kBlocks : minimum(kBlocks, kBlocksPerThread * thread_count()); }
+
   bool has_adapter(const Block& block) const { return block.group < p.adapters; }
 
   const T* bias_row() {

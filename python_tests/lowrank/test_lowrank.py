@@ -245,8 +245,9 @@ def test_gradcheck(op):
 
 
 @pytest.mark.parametrize("op", ["low_rank_linear", "lora_delta"])
-@pytest.mark.parametrize("tokens", [2, 130, 700])
-def test_same_bits_for_every_thread_count(op, tokens):
+@pytest.mark.parametrize("tokens", [2, 130, 164, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_for_every_thread_count(op, tokens, dtype):
     """lora_linear adds the vendor's matrix product to these, whose bits are the vendor's."""
     if op == "low_rank_linear":
         call, arguments = LF.low_rank_linear, low_rank_arguments(tokens, 300, 1100, 16)
@@ -259,11 +260,11 @@ def test_same_bits_for_every_thread_count(op, tokens):
     leaves = {}
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor) and value.requires_grad:
-            arguments[name] = leaves[name] = value.detach().float().requires_grad_()
+            arguments[name] = leaves[name] = value.detach().to(dtype).requires_grad_()
     threads = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2, 1):
+        for count in (1, 2, 8, 1):
             torch.set_num_threads(count)
             torch.manual_seed(2)
             out = call(**arguments)
