@@ -15,17 +15,25 @@ namespace {
 // memory.
 template <class E>
 struct PackedRows {
-  E* left;    // (rows, operand_stride(D)): a left-hand side
+  using L = LeftOf<E>;
+
+  L* left;    // (rows, operand_stride(D)): a left-hand side
   E* panels;  // (rows, D): a right-hand side
 
   PackedRows(int64_t d, Scratch& scratch) {
-    const bool same = !kIsPair<E> && d <= kPanelColumns<E>;
-    left = scratch.take<E>(kScoreRows<E> * operand_stride<E>(d));
-    panels = same ? left : scratch.take<E>(panel_size<E>(units<E>(kScoreRows<E>), d));
+    left = scratch.take<L>(kScoreRows<E> * operand_stride<E>(d));
+    if constexpr (kPanelsAreRows<E>) {
+      if (d <= kPanelColumns<E>) {
+        panels = left;
+        return;
+      }
+    }
+    panels = scratch.take<E>(panel_size<E>(units<E>(kScoreRows<E>), d));
   }
   void pack(int64_t count, int64_t d) {
     const DType dtype = kIsPair<E> ? DType::bf16 : dtype_of<SumOf<E>>();
-    if (panels != left) pack_operand(dtype, left, operand_stride<E>(d) * kUnit<E>, 1, count, d, panels);
+    if (static_cast<const void*>(panels) == left) return;
+    pack_operand(dtype, left, operand_stride<E>(d) * kUnit<E>, 1, count, d, panels);
   }
 };
 
@@ -44,7 +52,7 @@ struct BackwardBuffers {
   T *scores, *dscores;    // (kScoreRows, kScoreStride): S;  dP, then Z * dP
   T *slope, *multiplier;  // (kGroupRows, kScoreStride): derivative of the softcap; Z
   // P * Z and dS as they come into the products: of floats in place of S and dP. Of pairs also the transpose of either.
-  E *weights, *dweights;  // (kScoreRows, kScoreStride)
+  LeftOf<E>*weights, *dweights;  // (kScoreRows, kScoreStride)
   E* transposed;
 
   BackwardBuffers(int64_t d, Scratch& scratch) : q(d, scratch), grad_out(d, scratch) {
@@ -95,10 +103,10 @@ void score_products(const BackwardPlan<T>& plan, const HeadGroup& group, const S
     }
   }
   const int64_t keys = minimum(round_up(end, kPanelColumns<E>), block.size()) - first;  // whole panels
-  const int64_t depth = units<E>(d);
-  gemm(rows, keys, depth, buffers.q.left, stride, 1, buffers.keys_transposed + first * depth, buffers.scores,
-       kScoreStride<T>, Mode::overwrite);
-  gemm(rows, keys, depth, buffers.grad_out.left, stride, 1, buffers.values_transposed + first * depth, buffers.dscores,
+  const int64_t depth = units<E>(d), skipped = first * panel_depth<E>(depth);
+  gemm(rows, keys, depth, buffers.q.left, stride, 1, buffers.keys_transposed + skipped, buffers.scores, kScoreStride<T>,
+       Mode::overwrite);
+  gemm(rows, keys, depth, buffers.grad_out.left, stride, 1, buffers.values_transposed + skipped, buffers.dscores,
        kScoreStride<T>, Mode::overwrite);
 }
 
@@ -379,7 +387,7 @@ void score_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const 
 
 // to (width, padded D) (+)= scores^T B, scores (count, width) of row stride kScoreStride<E>, B (count, D) in panels.
 template <class E, class T = SumOf<E>>
-void add_transposed_product(int64_t width, int64_t d, int64_t count, const E* scores, const E* b,
+void add_transposed_product(int64_t width, int64_t d, int64_t count, const LeftOf<E>* scores, const E* b,
                             BackwardBuffers<E>& buffers, T* to, Mode mode) {
   const int64_t d_padded = padded<T>(d);
   if constexpr (kIsPair<E>) {
@@ -438,12 +446,8 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
       return;
     }
   }
-  // One panel of K at a time, so that the keys may be a part of those packed.
-  for (int64_t j = 0; j < d; j += kPanelColumns<E>) {
-    const int64_t panel_width = minimum(kPanelColumns<E>, padded<E>(d - j));
-    gemm(count, panel_width, units<E>(width), buffers.dweights, kScoreStride<E>, 1,
-         buffers.keys + j * units<E>(block.size()) + units<E>(first) * panel_width, dq + j, d_padded, Mode::accumulate);
-  }
+  gemm_with_rows(count, d, units<E>(width), buffers.dweights, kScoreStride<E>, 1, buffers.keys, units<E>(first),
+                 units<E>(block.size()), dq, d_padded, Mode::accumulate);
 }
 
 // ---- a block, a group, everything ----
@@ -569,9 +573,12 @@ void backward_as(const AttentionBackward& p) {
 // In the table of attention_cpu.cpp.
 void attention_backward(const AttentionBackward& p) {
   if (p.shape.dtype == DType::f64) return backward_as<double>(p);
+  const bool many = HeadGroup::rows(p.shape) > kFewRows;
   if constexpr (kMultipliesBFloat16) {
-    const bool many = HeadGroup::rows(p.shape) > kFewRows;
     if (p.shape.dtype == DType::bf16 && many) return backward_as<BFloat16Pair>(p);
+  }
+  if constexpr (kSplitsFloat) {
+    if (many) return backward_as<FloatParts>(p);
   }
   backward_as<float>(p);
 }
