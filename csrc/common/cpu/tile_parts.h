@@ -7,7 +7,8 @@
 //
 // which leaves an error like that of one rounding to float32 (Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial
 // Intelligence Datatype For Higher-Precision Computations", ARITH 2019, section III). The instruction adds 32 products at once
-// to a sum, so sums are rounded less often than in gemm<float>: measured errors are a half of those of one chain of float32.
+// to a sum, so sums are rounded less often than in gemm<float>, whose errors are twice as large (numbers of either sign, k from
+// 64 to 11008; python_tests/common/test_tile.py).
 // Six products at 3.5 TFLOP/s are 580 GFLOP/s of float32, on a core whose vectors do 200.
 //
 // What is otherwise than in float32: numbers below 2^-110 lose their last bits, for the instruction reads numbers below 2^-126
@@ -134,20 +135,27 @@ inline void pack_parts(const Storage* source, int64_t row_stride, int64_t col_st
   }
 }
 
+// What becomes of a product: C itself; the end of the chain of sums that is C; or a sum of its own, which is added to C.
+enum class Into { fresh, chain, sum };
+// A chain is as accurate as those of gemm<float> up to so many numbers.
+constexpr int64_t kChainDepth = 512;
+static_assert(kChainDepth % kSplitDepth == 0);
+
 // The products of parts in the order in which fewest tiles are read.
 constexpr int kProducts = 6, kPartOfA[] = {0, 0, 1, 1, 2, 0}, kPartOfB[] = {2, 1, 1, 0, 0, 0};
 
-// A block of C, Rows x Columns tiles, (+)= A B over `groups` groups; the tiles of A's rows are next_rows apart.
+// A block of C, Rows x Columns tiles and of these `rows` rows, from A and B over `groups` groups; the tiles of A's rows are
+// next_rows apart.
 template <int Rows, int Columns>
-[[gnu::noinline]] void part_block(int64_t groups, const FloatParts* a, int64_t next_rows, const FloatParts* b,
-                                  int64_t width, float* c, int64_t ldc, Mode mode) {
+[[gnu::noinline]] void part_block(int64_t rows, int64_t groups, const FloatParts* a, int64_t next_rows,
+                                  const FloatParts* b, int64_t width, float* c, int64_t ldc, Into into) {
   static_assert(Rows * Columns <= 4 && Rows <= 2);
   constexpr std::make_integer_sequence<int, Rows> kRows{};
   constexpr std::make_integer_sequence<int, Columns> kColumns{};
   const int64_t c_bytes = ldc * 4, a_bytes = kTileSide * 4, b_bytes = width * 4;
   unroll(kRows, [&](auto i) {
     unroll(kColumns, [&](auto j) {
-      if (mode == Mode::accumulate) {
+      if (into == Into::chain) {
         load_tile<i * Columns + j>(c + i * kTileSide * ldc + j * kTileSide, c_bytes);
       } else {
         clear_tile<i * Columns + j>();
@@ -176,23 +184,36 @@ template <int Rows, int Columns>
     for (auto& row : rows_of_a) row += kParts * kTileWords;
     for (auto& part : parts_of_b) part += kParts * kTileSide * width;
   }
-  unroll(kRows, [&](auto i) {
-    unroll(kColumns, [&](auto j) { store_tile<i * Columns + j>(c + i * kTileSide * ldc + j * kTileSide, c_bytes); });
-  });
+  const auto store_block = [&](float* to, int64_t stride) {
+    unroll(kRows, [&](auto i) {
+      unroll(kColumns,
+             [&](auto j) { store_tile<i * Columns + j>(to + i * kTileSide * stride + j * kTileSide, stride * 4); });
+    });
+  };
+  if (into != Into::sum) return store_block(c, ldc);
+  constexpr int64_t kWidth = Columns * kTileSide;
+  alignas(64) float sums[Rows * kTileSide * kWidth];
+  store_block(sums, kWidth);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < kWidth; j += kTileSide) {
+      store(c + i * ldc + j, load(c + i * ldc + j) + load(sums + i * kWidth + j));
+    }
+  }
 }
 
-// row_tiles (1 or 2) tiles of rows times a panel, in the shapes that are set.
-void part_panel(int64_t row_tiles, int64_t groups, const FloatParts* a, const FloatParts* panel, int64_t width,
-                float* c, int64_t ldc, Mode mode) {
+// `rows` rows, of one or two tiles, times a panel, in the shapes that are set.
+void part_panel(int64_t rows, int64_t groups, const FloatParts* a, const FloatParts* panel, int64_t width, float* c,
+                int64_t ldc, Into into) {
   const int64_t next_rows = groups * kParts * kTileWords, column_tiles = width / kTileSide;
-  const auto block = [&](auto rows, auto columns, int64_t j) {
-    part_block<rows, columns>(groups, a, next_rows, panel + j * kTileSide, width, c + j * kTileSide, ldc, mode);
+  const auto block = [&](auto row_tiles, auto columns, int64_t j) {
+    part_block<row_tiles, columns>(rows, groups, a, next_rows, panel + j * kTileSide, width, c + j * kTileSide, ldc,
+                                   into);
   };
   constexpr std::integral_constant<int, 1> kOne{};
   constexpr std::integral_constant<int, 2> kTwo{};
   constexpr std::integral_constant<int, 3> kThree{};
   constexpr std::integral_constant<int, 4> kFour{};
-  if (row_tiles == 2) {
+  if (rows > kTileSide) {
     int64_t j = 0;
     for (; j + 2 <= column_tiles; j += 2) block(kTwo, kTwo, j);
     if (j < column_tiles) block(kTwo, kOne, j);
@@ -211,21 +232,22 @@ void gemm_on_parts(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_ro
   alignas(64) FloatParts split[kSplitRows * panel_depth<FloatParts>(kSplitDepth)];
   for (int64_t l = 0; l < k; l += kSplitDepth) {
     const int64_t depth = minimum(kSplitDepth, k - l), groups = ceil_div(depth, kPartRows);
+    const Into into = mode == Mode::accumulate || l >= kChainDepth ? Into::sum : l > 0 ? Into::chain : Into::fresh;
     for (int64_t i = 0; i < m; i += kSplitRows) {
-      const int64_t rows = minimum(kSplitRows, m - i), whole = rows / kTileSide;
+      const int64_t rows = minimum(kSplitRows, m - i), whole = rows / kTileSide * kTileSide;
       for (int64_t r = 0; r < rows; r += kTileSide) {
         split_rows(a + (i + r) * a_row + l * a_col, a_row, a_col, minimum(kTileSide, rows - r), depth,
                    split + r * panel_depth<FloatParts>(depth));
       }
       for (const bool rest : {false, true}) {
-        const int64_t row_tiles = rest ? rows % kTileSide > 0 : whole, r = rest ? whole * kTileSide : 0;
-        if (row_tiles == 0) continue;
-        set_tile_shapes(rest ? rows % kTileSide : kTileSide, kTileSide);
+        const int64_t r = rest ? whole : 0, count = rest ? rows - whole : whole;
+        if (count == 0) continue;
+        set_tile_shapes(minimum(kTileSide, count), kTileSide);
         for (int64_t j = 0; j < n; j += kPanelColumns<FloatParts>) {
           const int64_t width = minimum(kPanelColumns<FloatParts>, padded<FloatParts>(n - j));
-          part_panel(row_tiles, groups, split + r * panel_depth<FloatParts>(depth),
+          part_panel(count, groups, split + r * panel_depth<FloatParts>(depth),
                      panels + j * panel_depth<FloatParts>(packed) + panel_depth<FloatParts>(first + l) * width, width,
-                     c + (i + r) * ldc + j, ldc, l > 0 ? Mode::accumulate : mode);
+                     c + (i + r) * ldc + j, ldc, into);
         }
       }
     }
