@@ -163,26 +163,29 @@ template <int Rows, int Columns>
     });
   });
   // One pointer for each row of A's tiles and each part of B's, or the compiler keeps thirty addresses.
-  const FloatParts* rows_of_a[] = {a, a + next_rows};
-  const FloatParts* parts_of_b[] = {b, b + kTileSide * width, b + 2 * kTileSide * width};
+  const FloatParts *a0 = a, *a1 = a + next_rows, *b0 = b, *b1 = b0 + kTileSide * width, *b2 = b1 + kTileSide * width;
   constexpr int kTileBytes = kTileWords * 4, kRowBytes = kTileSide * 4;
   for (int64_t group = 0; group < groups; ++group) {
     unroll(std::make_integer_sequence<int, kProducts>{}, [&](auto product) {
       constexpr int kA = kPartOfA[product], kB = kPartOfB[product], kLast = product > 0 ? product - 1 : 0;
       constexpr bool kNewA = product == 0 || kPartOfA[kLast] != kA, kNewB = product == 0 || kPartOfB[kLast] != kB;
+      const FloatParts* const part_of_b = kB == 0 ? b0 : kB == 1 ? b1 : b2;
       if constexpr (Columns <= 2 && kNewB) {
-        unroll(kColumns, [&](auto j) { load_tile<6 + j, j * kRowBytes>(parts_of_b[kB], b_bytes); });
+        unroll(kColumns, [&](auto j) { load_tile<6 + j, j * kRowBytes>(part_of_b, b_bytes); });
       }
       unroll(kRows, [&](auto i) {
-        if constexpr (kNewA) load_tile<4 + i, kA * kTileBytes>(rows_of_a[i], a_bytes);
+        if constexpr (kNewA) load_tile<4 + i, kA * kTileBytes>(i == 0 ? a0 : a1, a_bytes);
         unroll(kColumns, [&](auto j) {
-          if constexpr (Columns > 2) load_tile<6 + j % 2, j * kRowBytes>(parts_of_b[kB], b_bytes);
+          if constexpr (Columns > 2) load_tile<6 + j % 2, j * kRowBytes>(part_of_b, b_bytes);
           multiply_tiles<i * Columns + j, 4 + i, 6 + j % 2>();
         });
       });
     });
-    for (auto& row : rows_of_a) row += kParts * kTileWords;
-    for (auto& part : parts_of_b) part += kParts * kTileSide * width;
+    a0 += kParts * kTileWords;
+    a1 += kParts * kTileWords;
+    b0 += kParts * kTileSide * width;
+    b1 += kParts * kTileSide * width;
+    b2 += kParts * kTileSide * width;
   }
   const auto store_block = [&](float* to, int64_t stride) {
     unroll(kRows, [&](auto i) {
