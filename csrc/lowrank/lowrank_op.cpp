@@ -1,5 +1,5 @@
 // lwft::low_rank_linear_*, lora_linear_* and lora_delta_*: tensors to LowRankForward / LowRankBackward, and the product
-// with the frozen weight, which is the vendor's where the vendor has one; on a GPU always.
+// with the frozen weight, which is the vendor's where that is faster; on a GPU always. lwft::frozen_linear_*: it alone.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <chrono>
@@ -433,6 +433,69 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(const Te
   return {dx, dweight, dbias, da, db};
 }
 
+// ---- frozen_linear, on the CPU ----
+
+// Every row of `result` (m, n) = bias, or zero.
+void set_rows(const Tensor& result, const MaybeTensor& bias) {
+  constexpr int64_t kLeastBytes = int64_t{1} << 18;  // for a thread of its own
+  const int64_t rows = result.size(0);
+  const size_t row_bytes = static_cast<size_t>(result.size(1)) * element_size(dtype_of(result));
+  char* const out = static_cast<char*>(result.mutable_data_ptr());
+  const void* const values = data(bias);
+  const int64_t grain = kLeastBytes / static_cast<int64_t>(row_bytes) + 1;
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      char* const row = out + static_cast<size_t>(i) * row_bytes;
+      values == nullptr ? std::memset(row, 0, row_bytes) : std::memcpy(row, values, row_bytes);
+    }
+  });
+}
+
+// x b + bias, with b (k, n)
+Tensor frozen_product(const Tensor& x_in, const Tensor& b, const MaybeTensor& bias_in) {
+  const Rows x(x_in);
+  Tensor out = empty(x_in, shape_of(x_in, b.size(1)), x.dtype());
+  if (x.count() == 0 || b.size(1) == 0) return out;
+  const Tensor result = Rows(out).matrix(), a = x.matrix();
+  if (takes_own(result, a, b)) {
+    const MaybeTensor bias = as_contiguous(bias_in);
+    set_rows(result, bias);
+    own_add_product(result, a, b);
+  } else if (bias_in) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), bias_in->get(), a.get(), b.get(), 1.0, 1.0));
+  } else {
+    OnCpu::product_into(result, a, b);
+  }
+  return out;
+}
+
+// `x` of width weight.size(dimension)
+void check_frozen(const Tensor& x, const Tensor& weight, int64_t dimension, const MaybeTensor& bias) {
+  require_one_device(x, weight, bias);
+  require(x.dim() >= 1 && weight.dim() == 2 && weight.size(dimension) == last_size(x));
+  require(dtype_of(weight) == dtype_of(x) &&
+          (!bias || (is_vector(*bias, weight.size(0)) && dtype_of(*bias) == dtype_of(x))));
+}
+
+Tensor frozen_linear_forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  check_frozen(x, weight, 1, bias);
+  return frozen_product(x, transposed(weight), bias);
+}
+
+Tensor frozen_linear_backward(const Tensor& grad_out, const Tensor& weight) {
+  check_frozen(grad_out, weight, 0, {});
+  return frozen_product(grad_out, weight, {});
+}
+
+// Whether frozen_linear_forward of such tensors computes another product than the vendor's.
+bool frozen_linear_is_own(const Tensor& x_in, const Tensor& weight) {
+  check_frozen(x_in, weight, 1, {});
+  const Rows x(x_in);
+  if (x.count() == 0 || weight.size(0) == 0) return false;
+  const Tensor result = empty(x_in, {x.count(), weight.size(0)}, x.dtype());
+  return takes_own(result, x.matrix(), transposed(weight));
+}
+
 // ---- lora_delta ----
 
 // Conservative: rows that interleave without touching count as shared.
@@ -520,6 +583,9 @@ static void define_ops(Library& m) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
   define_ops(m);
+  m.def("frozen_linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor out");
+  m.def("frozen_linear_backward(Tensor grad_out, Tensor weight) -> Tensor dx");
+  m.def("frozen_linear_is_own(Tensor x, Tensor weight) -> bool");
   m.def("packed_weight_bytes(Tensor weight) -> int");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight_(Tensor(a!) weight, Tensor packed) -> ()");
@@ -533,6 +599,9 @@ STABLE_TORCH_LIBRARY_IMPL(lwft, CPU, m) {
   m.impl("lora_delta_forward", TORCH_BOX(&lwft::lora_delta_forward<lwft::OnCpu>));
   m.impl("lora_delta_forward_", TORCH_BOX(&lwft::lora_delta_forward_<lwft::OnCpu>));
   m.impl("lora_delta_backward", TORCH_BOX(&lwft::lora_delta_backward<lwft::OnCpu>));
+  m.impl("frozen_linear_forward", TORCH_BOX(&lwft::frozen_linear_forward));
+  m.impl("frozen_linear_backward", TORCH_BOX(&lwft::frozen_linear_backward));
+  m.impl("frozen_linear_is_own", TORCH_BOX(&lwft::frozen_linear_is_own));
   m.impl("packed_weight_bytes", TORCH_BOX(&lwft::packed_weight_bytes));
   m.impl("pack_weight", TORCH_BOX(&lwft::pack_weight));
   m.impl("unpack_weight_", TORCH_BOX(&lwft::unpack_weight_));

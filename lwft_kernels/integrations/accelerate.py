@@ -19,6 +19,7 @@ _ROOMS = (
     ("peft", "peft", "lora"),
     ("adapters", "adapters", "adapters"),
     ("torch_nn", "torch", "torch_nn"),
+    ("frozen_linear", "torch", "frozen_linear"),
 )
 
 
@@ -30,6 +31,7 @@ def accelerate(
     adapters: bool = True,
     torch_nn: bool = True,
     layer_norm: bool = True,
+    frozen_linear: bool = True,
     prepack: bool = False,
     strict: bool = False,
 ) -> Report:
@@ -41,7 +43,8 @@ def accelerate(
       tuning hands its prefix to `attention`.
     - AdapterHub: bottleneck adapters compute with `adapter`, LoRA layers with `lora_linear`.
     - torch.nn: `MultiheadAttention` computes with `attention`, encoder and decoder layers whose norms come last with
-      `add_layer_norm` too.
+      `add_layer_norm` too; linear layers that are frozen and carry no adapter with `frozen_linear`, on processors where
+      that is faster (float32 with Intel AMX).
 
     A call that a kernel cannot serve is computed by the library's own code and counted, with the reason, in
     `lwft_kernels.stats`. state_dict, checkpoints, hooks and `save_pretrained` are unchanged. Calling it again
@@ -54,6 +57,7 @@ def accelerate(
         adapters: the layers of AdapterHub.
         torch_nn: attention, encoder and decoder layers of torch.nn.
         layer_norm: the blocks of transformers that end in a residual sum and LayerNorm.
+        frozen_linear: the linear layers that are frozen and carry no adapter.
         prepack: hold the frozen weights below PEFT's LoRA layers in packed form, and no longer in plain, where that is
             measured to be faster: on the CPU, for some 16 to some hundred tokens a call. The first weight of a kind
             takes a second or so; the report tells what was measured.
@@ -67,6 +71,7 @@ def accelerate(
     """
     wanted = {
         "attention": attention, "lora": lora, "adapters": adapters, "torch_nn": torch_nn, "layer_norm": layer_norm,
+        "frozen_linear": frozen_linear,
     }  # fmt: skip
     changes, versions = _plans(model, wanted, strict, prepack)
     applied: list[Change] = []
@@ -93,13 +98,14 @@ def accelerated(
     adapters: bool = True,
     torch_nn: bool = True,
     layer_norm: bool = True,
+    frozen_linear: bool = True,
     prepack: bool = False,
     strict: bool = False,
 ) -> Iterator[Report]:
     """`accelerate(model)` for the length of a ``with`` block; what it replaced is restored however the block ends."""
     report = accelerate(
         model, attention=attention, lora=lora, adapters=adapters, torch_nn=torch_nn, layer_norm=layer_norm,
-        prepack=prepack, strict=strict,
+        frozen_linear=frozen_linear, prepack=prepack, strict=strict,
     )  # fmt: skip
     try:
         yield report
@@ -115,12 +121,14 @@ def explain(
     adapters: bool = True,
     torch_nn: bool = True,
     layer_norm: bool = True,
+    frozen_linear: bool = True,
     prepack: bool = False,
     strict: bool = False,
 ) -> Report:
     """The report that `accelerate` would give, changing nothing."""
     wanted = {
         "attention": attention, "lora": lora, "adapters": adapters, "torch_nn": torch_nn, "layer_norm": layer_norm,
+        "frozen_linear": frozen_linear,
     }  # fmt: skip
     changes, versions = _plans(model, wanted, strict, prepack)
     return Report(model, changes, versions, applied=False)

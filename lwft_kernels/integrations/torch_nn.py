@@ -17,6 +17,7 @@ from lwft_kernels.attention import modules
 from lwft_kernels.integrations import drift, reached
 from lwft_kernels.integrations.add_and_norm import add_and_norm
 from lwft_kernels.integrations.class_swap import PLAIN, described, difference, is_plain, swapped
+from lwft_kernels.integrations.frozen_linear import LINEAR
 from lwft_kernels.integrations.report import Change
 
 
@@ -223,7 +224,8 @@ def _torch_fuses_layer(layer: nn.TransformerEncoderLayer, x: Tensor) -> bool:
         not layer.training
         and layer.activation_relu_or_gelu != 0
         and type(layer.self_attn) in (MultiheadAttention, nn.MultiheadAttention)
-        and type(layer.linear1) is type(layer.linear2) is nn.Linear
+        and type(layer.linear1) in LINEAR
+        and type(layer.linear2) in LINEAR
         and type(layer.norm1) is type(layer.norm2) is nn.LayerNorm
         and not (torch.is_grad_enabled() and layer.linear1.weight.requires_grad)
         and _torch_fuses_attention(layer.self_attn, x)

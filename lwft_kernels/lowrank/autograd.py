@@ -1,4 +1,5 @@
-"""Shapes and gradients of ``lwft::low_rank_linear_forward``, ``lora_linear_forward``, ``lora_delta_forward``.
+"""Shapes and gradients of ``lwft::low_rank_linear_forward``, ``lora_linear_forward``, ``lora_delta_forward`` and
+``frozen_linear_forward``.
 
 With xd = dropout(x), h = xd A^T (the `hidden` kept from forward) and dh = scale * dy B (Hu et al. 2021, eq.
 3, differentiated):
@@ -264,3 +265,39 @@ def lora_delta_(base_out: Tensor, *rest: Any) -> Tensor:
     # the C function, as in registration.register: functorch's tensors do not come here
     out: Tensor = super(torch.autograd.Function, _LoraDeltaInPlace).apply(base_out, *rest)
     return out
+
+
+# ---- frozen_linear(x, weight, bias) ----
+
+
+def _frozen_forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _frozen_backward_fake(grad_out: Tensor, weight: Tensor) -> Tensor:
+    return grad_out.new_empty(*grad_out.shape[:-1], weight.shape[1])
+
+
+def _frozen_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        raise RuntimeError("lwft::frozen_linear_forward has no gradient for weight and bias: they must be frozen")
+    ctx.save_for_backward(inputs[1])
+
+
+def _frozen_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, None, None]:
+    if grad_out is None:
+        return None, None, None
+    (weight,) = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        return grad_out @ weight, None, None
+    return run_backward("frozen_linear", grad_out, weight), None, None
+
+
+frozen_linear, try_frozen_linear = register(
+    "frozen_linear",
+    forward_fake=_frozen_forward_fake,
+    backward_fake=_frozen_backward_fake,
+    setup_context=_frozen_setup_context,
+    backward=_frozen_backward,
+    triton="lwft_kernels.lowrank.triton_op",
+)

@@ -1,4 +1,5 @@
-"""``lwft::low_rank_linear_*``, ``lora_linear_*`` and ``lora_delta_*`` on a GPU: tensors to launches.
+"""``lwft::low_rank_linear_*``, ``lora_linear_*`` and ``lora_delta_*`` on a GPU: tensors to launches. There
+``frozen_linear_*`` is the vendor's product.
 
 Two implementations of the product with the frozen weight: "fused", a Triton kernel whose accumulator begins as the
 branch, and "cublas", the branch written first and the vendor's product added to it. The fused one writes the result
@@ -533,3 +534,11 @@ def lora_delta_backward(
     if needs & 1:
         _expand_into(as_rows(dx), ds, branch.down, adapter_index, scale=1.0, dropout=dropout)
     return dx, da, db
+
+
+def frozen_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def frozen_linear_backward(grad_out: Tensor, weight: Tensor) -> Tensor:
+    return grad_out @ weight

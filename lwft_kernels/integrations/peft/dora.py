@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lwft_kernels import functional as LF
 from lwft_kernels.integrations.class_swap import has_hooks, is_plain
+from lwft_kernels.integrations.frozen_linear import LINEAR
 
 refused: str | None = None  # why PEFT's DoRA is not the one known here: set by `lora.plan`
 _TILE = 65536  # elements of W' that exist at a time: small enough for any second-level cache
@@ -33,7 +34,7 @@ def why_not(module: Any, name: str) -> str | None:
     if type(magnitude) is not peft_dora.DoraLinearLayer or not is_plain(magnitude.weight) or has_hooks(magnitude):
         return "the DoRA layer is hooked, sharded or of another class"
     base = module.base_layer
-    if type(base) not in (nn.Linear, Conv1D) or not is_plain(base.weight):
+    if type(base) not in (*LINEAR, Conv1D) or not is_plain(base.weight):
         return f"DoRA on a {type(base).__name__} with weights that are not a plain matrix"
     if module.lora_B[name].bias is not None:
         return "DoRA with lora_bias"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lwft_kernels.integrations import drift
 from lwft_kernels.integrations.class_swap import described, difference, swapped
+from lwft_kernels.integrations.frozen_linear import LINEAR
 from lwft_kernels.integrations.peft import dora, lora_attention, lora_layer, quantised
 from lwft_kernels.integrations.report import Change
 from lwft_kernels.lowrank import prepack as packing
@@ -63,7 +64,7 @@ def _prepacked(name: str, module: Any, uses: Counter[int]) -> Change:
     """The change that packs the weight of a LoRA layer's base, and back. `uses` counts where a parameter is held."""
     base = module.base_layer
     change = Change(f"{name}.base_layer" if name else "base_layer", f"the weight of {described(type(base))}")
-    if type(base) is not nn.Linear:
+    if type(base) not in LINEAR:
         change.reason = f"only the weight of an nn.Linear is packed, not of {type(base).__name__}"
     elif not isinstance(module, lora.Linear):
         change.reason = f"a {type(module).__name__} reads its weight otherwise than lora_linear does"

@@ -21,6 +21,7 @@ from lwft_kernels import backend, checks, dropout, registration
 from lwft_kernels import functional as LF
 from lwft_kernels.integrations import reached
 from lwft_kernels.integrations.class_swap import PLAIN, has_hooks, has_own_hooks, is_plain
+from lwft_kernels.integrations.frozen_linear import LINEAR
 from lwft_kernels.integrations.peft import dora, few_tokens
 from lwft_kernels.lowrank import autograd
 from lwft_kernels.lowrank.packed_weight import PackedWeight, operand
@@ -80,7 +81,7 @@ def _simple(module: lora.Linear, x: Tensor) -> Tensor | None:
         return None
     base = state["_modules"]["base_layer"]
     parts = _parts(module, name)
-    if isinstance(parts, str) or type(base) is not nn.Linear or has_own_hooks(base):
+    if isinstance(parts, str) or type(base) not in LINEAR or has_own_hooks(base):
         return None
     a, b, lora_bias, scale, dropout_p = parts
     if lora_bias is not None:
@@ -315,7 +316,7 @@ def _base_result(module: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str
 def is_plain_linear(base: nn.Module) -> bool:
     """Whether `base` is a linear layer of which reading the weight, instead of calling it, is the same thing."""
     return (
-        type(base) in (nn.Linear, Conv1D)
+        type(base) in (*LINEAR, Conv1D)
         and not has_hooks(base)
         and (is_plain(base.weight) or type(base.weight) is PackedWeight)
         and (base.bias is None or is_plain(base.bias))

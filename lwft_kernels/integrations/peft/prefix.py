@@ -39,6 +39,7 @@ from lwft_kernels import functional as LF
 from lwft_kernels.integrations import drift, reached
 from lwft_kernels.integrations import transformers as transformers_room
 from lwft_kernels.integrations.class_swap import described, has_hooks, swapped
+from lwft_kernels.integrations.frozen_linear import LINEAR
 from lwft_kernels.integrations.report import Change
 from lwft_kernels.integrations.transformers import attention as attention_room
 from lwft_kernels.integrations.transformers.masks import CompactMask, Rule
@@ -340,7 +341,7 @@ class FusedAdaptedAttention(adaption.AdaptedAttention):
         attention: Any = self.model
         project = attention.o_proj
         # one product for both where the layer is linear, and nothing else
-        at_once = type(project) is nn.Linear and project._parameters["bias"] is None and not has_hooks(project)
+        at_once = type(project) in LINEAR and project._parameters["bias"] is None and not has_hooks(project)
         key, value = (_heads(part(self.adaption_prompt), attention) for part in (attention.k_proj, attention.v_proj))
         beside = _Beside(key, value, self.adaption_gate, at_once)
         output, *rest = attention(**kwargs, **{attention_room.INSTEAD: beside})
