@@ -23,5 +23,5 @@ namespace lwft::LWFT_ISA {
 void base_product(const BaseProduct& p);
 // Whether base_product in float32 is faster than the vendor's product; where it does not exist it is not.
 bool base_product_is_faster(const BaseProduct& p);
-}
+}  // namespace lwft::LWFT_ISA
 #endif

@@ -83,7 +83,7 @@ struct Cut {
 };
 Cut cut_for_threads(const BaseProduct& p) {
   // Fewer of the rows of a, of which each task splits its own.
-  constexpr int64_t kLeastColumns = 256, kLeastRows = 256;
+  constexpr int64_t kLeastColumns = 128, kLeastRows = 256;
   const int64_t threads = thread_count();
   const int64_t wished = round_up(ceil_div(p.columns, kPartColumns), threads);
   const int64_t slices = minimum(wished, ceil_div(p.columns, kLeastColumns));
@@ -114,9 +114,13 @@ void add_product_of_parts([[maybe_unused]] const BaseProduct& p) {
 
 }  // namespace
 
-// Packing b takes as long as some 30 rows.
+// Packing b takes as long as some 30 rows, and longer where it is a large transpose, which is read from memory in short pieces; a
+// small one is hardly worth two threads.
 bool base_product_is_faster(const BaseProduct& p) {
-  return kSplitsFloat && p.columns % kLanes<float> == 0 && p.rows >= 64;
+  constexpr int64_t kLeastSide = 256, kSmall = 300 * 300, kLarge = 8 << 20;
+  if (!kSplitsFloat || p.columns % kLanes<float> != 0 || minimum(p.depth, p.columns) < kLeastSide) return false;
+  const int64_t size = p.depth * p.columns;
+  return p.rows >= (size < kSmall || (size > kLarge && p.b_row_stride == 1) ? 128 : 64);
 }
 
 void base_product(const BaseProduct& p) {
