@@ -19,8 +19,6 @@ from lwft_kernels.integrations.class_swap import PLAIN, described, is_plain, swa
 from lwft_kernels.integrations.report import Change
 from lwft_kernels.lowrank import frozen
 
-# A layer of fewer weights takes no share of a step that could be noticed.
-_LEAST_WEIGHTS = 1 << 14
 _MANY_ROWS = 1 << 12  # for which a layer is asked whether it is ever faster
 
 
@@ -29,6 +27,13 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear.forward`. Weights that are trained after all, or sharded, or quantised, are torch's."""
+        if type(input) is Tensor and input.is_cpu and not torch.compiler.is_compiling():
+            # so many calls of a model that generates are small that a microsecond counts
+            d_in, d_out = self.in_features, self.out_features
+            if d_in and frozen.is_own(input.dtype, input.numel() // d_in, d_in, d_out) is False:
+                reached.mark(self)
+                backend.small_calls["frozen_linear"] += 1
+                return F.linear(input, self.weight, self.bias)
         weight, bias = self.weight, self.bias
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             backend.record_decline("frozen_linear", "the layer is trained by now")
@@ -70,10 +75,8 @@ def _gains(linear: nn.Linear) -> bool:
         return False
     if bias is not None and (not is_plain(bias) or bias.requires_grad or bias.dtype != weight.dtype):
         return False
-    if weight.numel() < _LEAST_WEIGHTS:
-        return False
     d_out, d_in = weight.shape
-    return frozen.is_own(weight.dtype, _MANY_ROWS, d_in, d_out)
+    return frozen.is_own(weight.dtype, _MANY_ROWS, d_in, d_out) is True
 
 
 def _called(model: nn.Module) -> list[tuple[str, nn.Module]]:

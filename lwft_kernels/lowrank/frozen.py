@@ -13,11 +13,10 @@ from lwft_kernels.lowrank import autograd
 
 _OP = "frozen_linear"
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Where a product of our own begins to win over the vendor's, whose autograd is C++: multiplications of a call.
-LEAST_WORK = 1 << 22
+_LEAST_WORK = 1 << 22  # multiplications of a call that is worth a Function of Python's, where torch's autograd is C++
 _MOST_KINDS = 1 << 14  # of calls, so that sequences of every length do not fill the memory
-# By dtype of x, rows, d_in and d_out.
-_is_own: dict[tuple[torch.dtype, int, int, int], bool] = {}
+# By dtype of x, rows, d_in and d_out: whether a product of ours is faster; None where none is at any size.
+_is_own: dict[tuple[torch.dtype, int, int, int], bool | None] = {}
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,17 +44,13 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
             traced: Tensor = autograd.frozen_linear(x, weight, bias)
             return traced
         return linear(x, weight, bias)
-    declined: str | None = None
-    if backend.attempts(x):
-        try:
-            d_out, d_in = weight.shape
-            kind = (x.dtype, x.numel() // d_in, d_in, d_out)
-        except (AttributeError, TypeError, ValueError, ZeroDivisionError):
-            return _by_torch(x, weight, bias)
-        own = _is_own.get(kind)
-        if own is None:
-            own = _ask(kind)
-        if own or backend.current_backend() == "native":
+    try:
+        d_out, d_in = weight.shape
+        own = is_own(x.dtype, x.numel() // d_in, d_in, d_out)
+    except (AttributeError, TypeError, ValueError, RuntimeError, ZeroDivisionError):
+        return _by_torch(x, weight, bias)
+    if own or backend.current_backend() == "native":
+        if backend.attempts(x):
             declined = _why_not(x, weight, bias)
             if declined is None:
                 found: Tensor | None = autograd.try_frozen_linear(x, weight, bias)
@@ -63,35 +58,38 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
                     return found
             else:
                 backend.use_kernels(_OP, x, declined)
-        elif has_own_product(x.dtype):
-            backend.small_calls[_OP] += 1
-    elif torch._C._is_any_autocast_enabled() and type(x) is Tensor and x.is_cpu and has_own_product(x.dtype):
-        backend.record_decline(_OP, "autocast, whose products are torch's")
+        elif own and x.is_cpu and torch._C._is_any_autocast_enabled():
+            backend.record_decline(_OP, "autocast, whose products are torch's")
+    elif own is False and x.is_cpu:
+        backend.small_calls[_OP] += 1
     return _by_torch(x, weight, bias)
 
 
-def has_own_product(dtype: torch.dtype) -> bool:
-    """Whether this processor has a product of ours at all that is faster than the vendor's in `dtype`."""
-    return is_own(dtype, 1024, 1024, 1024)
-
-
-def is_own(dtype: torch.dtype, rows: int, d_in: int, d_out: int) -> bool:
-    """Whether a call of that size is computed by a product of ours: the larger and faster ones are."""
+def is_own(dtype: torch.dtype, rows: int, d_in: int, d_out: int) -> bool | None:
+    """Whether a call of that size on the CPU is computed by a product of ours, as the larger ones are; None where this
+    processor has none in `dtype` that is faster than the vendor's, at any size."""
     kind = (dtype, rows, d_in, d_out)
-    own = _is_own.get(kind)
-    return _ask(kind) if own is None else own
+    try:
+        return _is_own[kind]
+    except KeyError:
+        return _ask(kind)
 
 
-def _ask(kind: tuple[torch.dtype, int, int, int]) -> bool:
-    dtype, rows, d_in, d_out = kind
-    own = False
-    if rows * d_in * d_out >= LEAST_WORK and dtype in checks.FLOATING and backend.library_error is None:
-        x, weight = torch.empty((rows, d_in), dtype=dtype), torch.empty((d_out, d_in), dtype=dtype)
-        own = bool(torch.ops.lwft.frozen_linear_is_own(x, weight))
+def _ask(kind: tuple[torch.dtype, int, int, int]) -> bool | None:
+    own: bool | None = None
+    if kind[0] in checks.FLOATING and backend.library_error is None:
+        own = _library_says(*kind) or (False if _library_says(kind[0], 1024, 1024, 1024) else None)
     if len(_is_own) >= _MOST_KINDS:
         _is_own.clear()
     _is_own[kind] = own
     return own
+
+
+def _library_says(dtype: torch.dtype, rows: int, d_in: int, d_out: int) -> bool:
+    if rows * d_in * d_out < _LEAST_WORK:
+        return False
+    x, weight = torch.empty((rows, d_in), dtype=dtype), torch.empty((d_out, d_in), dtype=dtype)
+    return bool(torch.ops.lwft.frozen_linear_is_own(x, weight))
 
 
 def _traced_is_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -106,8 +104,10 @@ def _traced_is_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.dtype == weight.dtype
         and not torch.is_autocast_enabled("cpu")
         and _frozen(weight, bias)
-        and (backend.current_backend() == "native" or x.numel() * weight.shape[0] >= LEAST_WORK)
-        and _constant_has_own_product(x.dtype)
+        and (
+            backend.current_backend() == "native"
+            or (x.numel() * weight.shape[0] >= _LEAST_WORK and _has_own_product(x.dtype))
+        )
     )
 
 
@@ -115,12 +115,12 @@ def _backend_allows() -> bool:
     return backend.current_backend() in ("auto", "native") and backend.library_error is None
 
 
-def _constant_has_own_product(dtype: torch.dtype) -> bool:
-    return backend.current_backend() == "native" or has_own_product(dtype)
+def _has_own_product(dtype: torch.dtype) -> bool:
+    return is_own(dtype, 1024, 1024, 1024) is True
 
 
 # torch.compile calls it while it traces, and takes the answer for a constant (as in integrations.reached)
-_constant_has_own_product._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_has_own_product._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _frozen(weight: Tensor, bias: Tensor | None) -> bool:
