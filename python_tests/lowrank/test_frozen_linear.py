@@ -197,7 +197,7 @@ def test_subclasses_and_nested_tensors_are_torchs():
         ({"x": torch.ones(130, 256).double()}, TypeError, "weight is torch.float32 but x is torch.float64"),
         ({"x": [1.0]}, TypeError, "x must be a Tensor, got list"),
         ({"weight": None}, TypeError, "weight must be a Tensor, got NoneType"),
-        ({"bias": torch.ones(511)}, ValueError, r"bias must have shape \(d_out,\) = \512\)"),
+        ({"bias": torch.ones(511)}, ValueError, r"bias must have shape \(d_out,\) = \(512\)"),
         ({"bias": torch.ones(512).bfloat16()}, TypeError, "bias is torch.bfloat16 but x is torch.float32"),
         ({"x": torch.ones(130, 256, device="meta")}, ValueError, "weight is on cpu but x is on meta"),
     ],
