@@ -11,7 +11,7 @@ import torch
 
 import lwft_kernels
 
-from . import adapter, add_layer_norm, attention, lora, low_rank, peft_module, quantized, torch_nn, work
+from . import adapter, add_layer_norm, attention, frozen_linear, lora, low_rank, peft_module, quantized, torch_nn, work
 from .case import Arguments, Case, Family, NotOffered, Run, in_preset, leaves, normal
 from .correctness import Checker
 from .cuda import clock
@@ -25,6 +25,7 @@ FAMILIES = {
     "adapter": adapter.FAMILY,
     "lora": lora.FAMILY,
     "low_rank": low_rank.FAMILY,
+    "frozen_linear": frozen_linear.FAMILY,
     "add_layer_norm": add_layer_norm.FAMILY,
     "quantized": quantized.FAMILY,
     "torch_nn": torch_nn.FAMILY,

@@ -256,3 +256,12 @@ def test_generation_and_other_small_calls():
     report = only(model)
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False), expected)
     assert report.unreached() == [] and lwft_kernels.stats()["frozen_linear"]["fast"] == 0
+
+
+def test_what_leaves_the_process_is_torchs():
+    model, x = layers(), torch.randn(TOKENS, D)
+    only(model)
+    program = torch.export.export(model, (x,))
+    assert not any("lwft" in str(node.target) for node in program.graph.nodes)
+    traced = torch.jit.trace(model, x)
+    assert "lwft" not in str(traced.inlined_graph) and "aten::linear" in str(traced.inlined_graph)
