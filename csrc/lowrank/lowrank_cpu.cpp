@@ -14,6 +14,9 @@
 // partial sums to add up, the mask is drawn once, and the bits do not depend on who computes what: blocks are
 // cut by shape alone, and how wide a slice is changes no sum.
 //
+// A few tokens of one adapter (a decode step, a vector) have paths of their own: there the factors and their gradients are
+// all the memory there is, so they are read and written once, where they lie, and shared out among the threads.
+//
 // Scratch memory: A and B of the adapters that occur, as packed panels; backward instead B, and ds.
 //
 // Where all is bfloat16 and the machine multiplies pairs of it, the operands of the products are such pairs
@@ -50,6 +53,10 @@ static_assert(kDepth % kColumns == 0 && kDotDepth % kDepth == 0);
 // An adapter with so few tokens is read where it lies: it would be packed for one use.
 template <class E>
 constexpr int64_t kFewRows = kIsPair<E> ? 8 : 16;
+// Then reading it takes as long as multiplying it with so many.
+constexpr int64_t kLeastWorkRows = 8;
+// Of the wide side of a factor, what few tokens take at a time.
+constexpr int64_t kFewColumns = 16 * kColumns;
 // Multiply-adds (or copied elements) below which a loop is not worth waking other threads for: some 40 us of one.
 constexpr int64_t kSerialWork = 1 << 21;
 // Columns that one task packs.
@@ -322,6 +329,9 @@ class Forward {
                 may_stream<T>(p.out_dtype, p.out, p.tokens, p.out_features)) {}
 
   void run_all() {
+    if constexpr (!kIsPair<E>) {
+      if (p.adapter_index == nullptr && p.tokens <= kFewRows<E>) return run_few();
+    }
     pack();
     const int64_t work = p.tokens * p.rank * (p.in_features + p.out_features);
     // Few blocks (a decode step): the columns of `out` are shared out too, so the middle has to wait in
@@ -353,6 +363,26 @@ class Forward {
   static int64_t wished_blocks() { return kIsPair<E> ? kBlocks : minimum(kBlocks, kBlocksPerThread * thread_count()); }
 
   bool has_adapter(const Block& block) const { return block.group < p.adapters; }
+
+  void run_few() {
+    constexpr int64_t kRankStep = 4;  // what dot_rows takes at once
+    const Block block{0, 0, p.tokens};
+    const int64_t work = maximum(p.tokens, kLeastWorkRows) * p.rank * (p.in_features + p.out_features);
+    const Tile<E> x = view_operand(plan, block, p.x_dtype, p.x, p.x_row_stride, 0, p.in_features, p.dropout,
+                                   scratch.take<E>(p.tokens * p.in_features));
+    up_packed[block.group] = nullptr;
+    E* const middle = scratch.take<E>(p.tokens * middle_stride);
+    run(ceil_div(p.rank, kRankStep), work, [&](int64_t task) {
+      const int64_t k = task * kRankStep;
+      dot_rows(p.tokens, minimum(kRankStep, p.rank - k), p.in_features, x.data, x.row_stride, p.param_dtype,
+               down.factor.element(block.group, 0, k), p.in_features, middle + k, middle_stride, Mode::overwrite);
+    });
+    finish_middle(block, middle, middle);
+    const int64_t width = round_up(ceil_div(p.out_features, work >= kSerialWork ? thread_count() : 1), kColumns);
+    run(ceil_div(p.out_features, width), work, [&](int64_t task) {
+      write_out(block, middle, task * width, minimum((task + 1) * width, p.out_features));
+    });
+  }
 
   const T* bias_row() {
     if (p.bias == nullptr || p.accumulate) return nullptr;
@@ -402,6 +432,11 @@ class Forward {
       };
       down.multiply(block, view, sums, stride);
     }
+    finish_middle(block, sums, middle);
+  }
+
+  void finish_middle(const Block& block, T* sums, E* middle) const {
+    const int64_t stride = padded<T>(kIsPair<E> ? p.rank : up.depth());
     for (int64_t i = 0; i < block.rows; ++i) {
       T* const row = sums + i * stride;
       T* const hidden = static_cast<T*>(p.hidden) + plan.token(block, i) * p.rank;
@@ -495,6 +530,9 @@ class Backward {
         streams(p.dx != nullptr && may_stream<T>(p.x_dtype, p.dx, p.tokens, p.in_features)) {}
 
   void run_all() {
+    if constexpr (!kIsPair<E>) {
+      if (p.adapter_index == nullptr && p.tokens > 0 && p.tokens <= kFewRows<E>) return run_few();
+    }
     if (p.dx != nullptr || p.da != nullptr) make_middle();
     if (kIsPair<E> && p.db != nullptr) pack_hidden();
     const int64_t in_width = slice_width(p.in_features), out_width = slice_width(p.out_features);
@@ -521,6 +559,149 @@ class Backward {
   }
   const Block* first_block(int64_t group) const { return plan.blocks + plan.group_block[group]; }
   const Block* last_block(int64_t group) const { return plan.blocks + plan.group_block[group + 1]; }
+
+  // ---- few tokens ----
+
+  // All of grad_out, then all of x, by columns.
+  void run_few() {
+    const int64_t rows = maximum(p.tokens, kLeastWorkRows);
+    const Block block{0, 0, p.tokens};
+    const Tile<T> dy = view_columns(plan, block, p.out_dtype, p.grad_out, p.grad_out_row_stride, 0, p.out_features,
+                                    scratch.take<T>(p.tokens * p.out_features));
+    T* const hidden = scratch.take<T>(p.tokens * middle_stride);  // with the scale, and whole vectors
+    for (int64_t i = 0; i < p.tokens; ++i) {
+      const T* const from = static_cast<const T*>(p.hidden) + i * p.rank;
+      for (int64_t k = 0; k < p.rank; k += kLanes<T>) {
+        store(hidden + i * middle_stride + k, load_columns(from, k, p.rank) * static_cast<T>(p.scale));
+      }
+    }
+    // the sums of the middle: one for each task, so that they do not depend on who does it
+    const bool wants_middle = p.dx != nullptr || p.da != nullptr;
+    const int64_t tasks = ceil_div(p.out_features, kFewColumns), size = p.tokens * middle_stride;
+    middle = scratch.take<T>(wants_middle ? tasks * size : 0);
+    run(tasks, 2 * rows * p.rank * p.out_features, [&](int64_t task) {
+      const int64_t begin = task * kFewColumns, n = minimum(kFewColumns, p.out_features - begin);
+      const Tile<T> columns{dy.data + begin, dy.row_stride};
+      if (wants_middle) few_middle(columns, begin, n, middle + task * size);
+      if (p.db != nullptr) few_db(columns, begin, n, hidden);
+      if (p.dbias != nullptr) few_dbias(columns, begin, n);
+    });
+    if (!wants_middle) return;
+    for (int64_t task = 1; task < tasks; ++task) {
+      for (int64_t i = 0; i < size; i += kLanes<T>) store(middle + i, load(middle + i) + load(middle + task * size + i));
+    }
+    scale_rows(p.tokens, middle_stride, static_cast<T>(p.scale), middle);
+    const int64_t width = minimum(kFewColumns, round_up(ceil_div(p.in_features, thread_count()), kColumns));
+    run(ceil_div(p.in_features, width), 2 * rows * p.rank * p.in_features, [&](int64_t task) {
+      few_columns_of_x(block, task * width, minimum(width, p.in_features - task * width));
+    });
+  }
+
+  // sums = dy B of the rows begin .. begin + n - 1 of B.
+  void few_middle(const Tile<T>& dy, int64_t begin, int64_t n, T* sums) const {
+    const int64_t step = p.rank < 4 * kLanes<T> ? kDotDepth : kDepth;  // combine_rows takes few columns in several chains
+    for (int64_t i = 0; i < n; i += step) {
+      combine_rows(p.tokens, p.rank, minimum(step, n - i), dy.data + i, dy.row_stride, p.param_dtype,
+                   up.factor.element(0, begin + i, 0), p.rank, sums, middle_stride,
+                   i == 0 ? Mode::overwrite : Mode::accumulate);
+    }
+  }
+
+  // Rows begin .. begin + n - 1 of dB = dy^T hidden: the vectors run over the rank, and the rows are written as they come,
+  // where the sums of many tokens are transposed.
+  void few_db(const Tile<T>& dy, int64_t begin, int64_t n, const T* hidden) const {
+    if (p.param_dtype == dtype_of<T>() && middle_stride == p.rank) {
+      return gemm_rows(n, p.rank, p.tokens, dy.data, 1, dy.row_stride, hidden, middle_stride,
+                       static_cast<T*>(p.db) + begin * p.rank, p.rank, Mode::overwrite);
+    }
+    Scratch local;
+    T* const rows = local.take<T>(kColumns * middle_stride);
+    for (int64_t j = 0; j < n; j += kColumns) {
+      const int64_t count = minimum(kColumns, n - j);
+      gemm_rows(count, p.rank, p.tokens, dy.data + j, 1, dy.row_stride, hidden, middle_stride, rows, middle_stride,
+                Mode::overwrite);
+      store_rows(p.param_dtype, count, p.rank, rows, middle_stride, p.db, (begin + j) * p.rank, p.rank);
+    }
+  }
+
+  void few_dbias(const Tile<T>& dy, int64_t begin, int64_t n) const {
+    visit_storage(p.bias_dtype, [&](auto storage) {
+      auto* const dbias = static_cast<decltype(storage)*>(p.dbias) + begin;
+      for_columns<T>(n, [&](auto at, int) LWFT_INLINE {
+        Vec<T> sum = load_at<T>(dy.row(0), at);
+        for (int64_t i = 1; i < p.tokens; ++i) sum += load_at<T>(dy.row(i), at);
+        store_at<T>(dbias, at, sum);
+      });
+    });
+  }
+
+  // Columns begin .. begin + n - 1 of dA = middle^T (mask * x) and dx = mask * (middle A).
+  void few_columns_of_x(const Block& block, int64_t begin, int64_t n) const {
+    Scratch local;
+    const int64_t stride = padded<T>(n);
+    const void* x = element(p.x_dtype, p.x, begin);
+    DType x_dtype = p.x_dtype;
+    int64_t x_stride = p.x_row_stride;
+    T* mask = nullptr;
+    if (p.dropout.active()) {
+      mask = local.take<T>(p.tokens * stride);
+      T* const masked = local.take<T>(p.da != nullptr ? p.tokens * stride : 0);
+      for (int64_t i = 0; i < p.tokens; ++i) {
+        for (int64_t j = 0; j < n; j += kColumns) {
+          dropout_multipliers(p.dropout, i, begin + j, minimum(kColumns, n - j), mask + i * stride + j);
+        }
+        if (p.da == nullptr) continue;
+        load_row(p.x_dtype, p.x, i * p.x_row_stride + begin, n, masked + i * stride);
+        multiply_row(n, mask + i * stride, masked + i * stride);
+      }
+      x = masked, x_dtype = dtype_of<T>(), x_stride = stride;
+    }
+    if (p.da != nullptr) few_da(begin, n, x_dtype, x, x_stride);
+    if (p.dx == nullptr) return;
+    const bool in_place = mask == nullptr && p.x_dtype == dtype_of<T>();
+    T* const dx = in_place ? static_cast<T*>(p.dx) + begin : local.take<T>(p.tokens * stride);
+    const int64_t dx_stride = in_place ? p.in_features : stride;
+    combine_rows(p.tokens, n, p.rank, middle, middle_stride, p.param_dtype, down.factor.element(block.group, 0, begin),
+                 p.in_features, dx, dx_stride, Mode::overwrite);
+    if (in_place) return;
+    for (int64_t i = 0; mask != nullptr && i < p.tokens; ++i) multiply_row(n, mask + i * stride, dx + i * stride);
+    store_rows(p.x_dtype, p.tokens, n, dx, stride, p.dx, begin, p.in_features);
+  }
+
+  // A few rows of dA at a time, since memory is best written along them.
+  void few_da(int64_t begin, int64_t n, DType x_dtype, const void* x, int64_t x_stride) const {
+    constexpr int64_t kRowsAtOnce = 4;
+    const bool in_place = p.param_dtype == dtype_of<T>();
+    Scratch local;
+    T* const turned = local.take<T>(kRowsAtOnce * p.tokens);
+    T* const rows = local.take<T>(in_place ? 0 : kRowsAtOnce * n);
+    for (int64_t k = 0; k < p.rank; k += kRowsAtOnce) {
+      const int64_t count = minimum(kRowsAtOnce, p.rank - k), at = k * p.in_features + begin;
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t token = 0; token < p.tokens; ++token) {
+          turned[i * p.tokens + token] = middle[token * middle_stride + k + i];
+        }
+      }
+      T* const to = in_place ? static_cast<T*>(p.da) + at : rows;
+      combine_rows(count, n, p.tokens, turned, p.tokens, x_dtype, x, x_stride, to, in_place ? p.in_features : n,
+                   Mode::overwrite);
+      if (!in_place) store_rows(p.param_dtype, count, n, rows, n, p.da, at, p.in_features);
+    }
+  }
+
+  static void store_rows(DType dtype, int64_t rows, int64_t n, const T* from, int64_t stride, void* base,
+                         int64_t offset, int64_t to_stride) {
+    visit_storage(dtype, [&](auto storage) {
+      auto* const to = static_cast<decltype(storage)*>(base) + offset;
+      for (int64_t i = 0; i < rows; ++i) {
+        for_columns<T>(n, [&](auto at, int) LWFT_INLINE {
+          store_at<T>(to + i * to_stride, at, load_at<T>(from + i * stride, at));
+        });
+      }
+    });
+  }
+
+  // ---- many ----
 
   // middle = scale * dy B, in the order of the plan.
   void make_middle() {
