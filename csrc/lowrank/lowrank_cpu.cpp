@@ -53,8 +53,8 @@ static_assert(kDepth % kColumns == 0 && kDotDepth % kDepth == 0);
 // An adapter with so few tokens is read where it lies: it would be packed for one use.
 template <class E>
 constexpr int64_t kFewRows = kIsPair<E> ? 8 : 16;
-// Then reading it takes as long as multiplying it with so many.
-constexpr int64_t kLeastWorkRows = 8;
+// Then it is reading it that takes time: as much as multiplying it, once it is in the cache, with so many.
+constexpr int64_t kLeastWorkRows = 32;
 // Of the wide side of a factor, what few tokens take at a time.
 constexpr int64_t kFewColumns = 16 * kColumns;
 // Multiply-adds (or copied elements) below which a loop is not worth waking other threads for: some 40 us of one.
@@ -379,9 +379,8 @@ class Forward {
     });
     finish_middle(block, middle, middle);
     const int64_t width = round_up(ceil_div(p.out_features, work >= kSerialWork ? thread_count() : 1), kColumns);
-    run(ceil_div(p.out_features, width), work, [&](int64_t task) {
-      write_out(block, middle, task * width, minimum((task + 1) * width, p.out_features));
-    });
+    run(ceil_div(p.out_features, width), work,
+        [&](int64_t task) { write_out(block, middle, task * width, minimum((task + 1) * width, p.out_features)); });
   }
 
   const T* bias_row() {
@@ -439,12 +438,12 @@ class Forward {
     const int64_t stride = padded<T>(kIsPair<E> ? p.rank : up.depth());
     for (int64_t i = 0; i < block.rows; ++i) {
       T* const row = sums + i * stride;
-      T* const hidden = static_cast<T*>(p.hidden) + plan.token(block, i) * p.rank;
-      if (!has_adapter(block)) {
-        __builtin_memset(hidden, 0, static_cast<size_t>(p.rank) * sizeof(T));
-        continue;
+      if (p.hidden != nullptr) {
+        T* const hidden = static_cast<T*>(p.hidden) + plan.token(block, i) * p.rank;
+        const size_t bytes = static_cast<size_t>(p.rank) * sizeof(T);
+        has_adapter(block) ? __builtin_memcpy(hidden, row, bytes) : __builtin_memset(hidden, 0, bytes);
       }
-      __builtin_memcpy(hidden, row, static_cast<size_t>(p.rank) * sizeof(T));
+      if (!has_adapter(block)) continue;
       scale_rows(1, p.rank, static_cast<T>(p.scale), row);
       if (up.bias != nullptr) row[p.rank] = T{1};
       if constexpr (kIsPair<E>) store_operand(row, p.rank, middle + i * middle_stride);
@@ -588,18 +587,19 @@ class Backward {
     });
     if (!wants_middle) return;
     for (int64_t task = 1; task < tasks; ++task) {
-      for (int64_t i = 0; i < size; i += kLanes<T>) store(middle + i, load(middle + i) + load(middle + task * size + i));
+      for (int64_t i = 0; i < size; i += kLanes<T>)
+        store(middle + i, load(middle + i) + load(middle + task * size + i));
     }
     scale_rows(p.tokens, middle_stride, static_cast<T>(p.scale), middle);
     const int64_t width = minimum(kFewColumns, round_up(ceil_div(p.in_features, thread_count()), kColumns));
-    run(ceil_div(p.in_features, width), 2 * rows * p.rank * p.in_features, [&](int64_t task) {
-      few_columns_of_x(block, task * width, minimum(width, p.in_features - task * width));
-    });
+    run(ceil_div(p.in_features, width), 2 * rows * p.rank * p.in_features,
+        [&](int64_t task) { few_columns_of_x(block, task * width, minimum(width, p.in_features - task * width)); });
   }
 
   // sums = dy B of the rows begin .. begin + n - 1 of B.
   void few_middle(const Tile<T>& dy, int64_t begin, int64_t n, T* sums) const {
-    const int64_t step = p.rank < 4 * kLanes<T> ? kDotDepth : kDepth;  // combine_rows takes few columns in several chains
+    const int64_t step =
+        p.rank < 4 * kLanes<T> ? kDotDepth : kDepth;  // combine_rows takes few columns in several chains
     for (int64_t i = 0; i < n; i += step) {
       combine_rows(p.tokens, p.rank, minimum(step, n - i), dy.data + i, dy.row_stride, p.param_dtype,
                    up.factor.element(0, begin + i, 0), p.rank, sums, middle_stride,
@@ -694,9 +694,8 @@ class Backward {
     visit_storage(dtype, [&](auto storage) {
       auto* const to = static_cast<decltype(storage)*>(base) + offset;
       for (int64_t i = 0; i < rows; ++i) {
-        for_columns<T>(n, [&](auto at, int) LWFT_INLINE {
-          store_at<T>(to + i * to_stride, at, load_at<T>(from + i * stride, at));
-        });
+        for_columns<T>(n, [&](auto at, int)
+                              LWFT_INLINE { store_at<T>(to + i * to_stride, at, load_at<T>(from + i * stride, at)); });
       }
     });
   }
