@@ -24,6 +24,7 @@
 #include "lowrank/lowrank.h"
 
 #include "common/cpu/dropout_vec.h"
+#include "common/cpu/few_tokens.h"
 #include "common/cpu/operand.h"
 #include "common/cpu/row.h"
 
@@ -582,8 +583,10 @@ class Backward {
       const int64_t begin = task * kFewColumns, n = minimum(kFewColumns, p.out_features - begin);
       const Tile<T> columns{dy.data + begin, dy.row_stride};
       if (wants_middle) few_middle(columns, begin, n, middle + task * size);
-      if (p.db != nullptr) few_db(columns, begin, n, hidden);
-      if (p.dbias != nullptr) few_dbias(columns, begin, n);
+      if (p.db != nullptr) {
+        tall_gradient<T>(p.tokens, n, p.rank, columns, {hidden, middle_stride}, p.param_dtype, p.db, begin * p.rank);
+      }
+      if (p.dbias != nullptr) bias_gradient(p.tokens, n, columns, T{1}, p.bias_dtype, p.dbias, begin);
     });
     if (!wants_middle) return;
     for (int64_t task = 1; task < tasks; ++task) {
@@ -607,34 +610,6 @@ class Backward {
     }
   }
 
-  // Rows begin .. begin + n - 1 of dB = dy^T hidden: the vectors run over the rank, and the rows are written as they come,
-  // where the sums of many tokens are transposed.
-  void few_db(const Tile<T>& dy, int64_t begin, int64_t n, const T* hidden) const {
-    if (p.param_dtype == dtype_of<T>() && middle_stride == p.rank) {
-      return gemm_rows(n, p.rank, p.tokens, dy.data, 1, dy.row_stride, hidden, middle_stride,
-                       static_cast<T*>(p.db) + begin * p.rank, p.rank, Mode::overwrite);
-    }
-    Scratch local;
-    T* const rows = local.take<T>(kColumns * middle_stride);
-    for (int64_t j = 0; j < n; j += kColumns) {
-      const int64_t count = minimum(kColumns, n - j);
-      gemm_rows(count, p.rank, p.tokens, dy.data + j, 1, dy.row_stride, hidden, middle_stride, rows, middle_stride,
-                Mode::overwrite);
-      store_rows(p.param_dtype, count, p.rank, rows, middle_stride, p.db, (begin + j) * p.rank, p.rank);
-    }
-  }
-
-  void few_dbias(const Tile<T>& dy, int64_t begin, int64_t n) const {
-    visit_storage(p.bias_dtype, [&](auto storage) {
-      auto* const dbias = static_cast<decltype(storage)*>(p.dbias) + begin;
-      for_columns<T>(n, [&](auto at, int) LWFT_INLINE {
-        Vec<T> sum = load_at<T>(dy.row(0), at);
-        for (int64_t i = 1; i < p.tokens; ++i) sum += load_at<T>(dy.row(i), at);
-        store_at<T>(dbias, at, sum);
-      });
-    });
-  }
-
   // Columns begin .. begin + n - 1 of dA = middle^T (mask * x) and dx = mask * (middle A).
   void few_columns_of_x(const Block& block, int64_t begin, int64_t n) const {
     Scratch local;
@@ -656,7 +631,10 @@ class Backward {
       }
       x = masked, x_dtype = dtype_of<T>(), x_stride = stride;
     }
-    if (p.da != nullptr) few_da(begin, n, x_dtype, x, x_stride);
+    if (p.da != nullptr) {
+      wide_gradient<T>(p.tokens, p.rank, n, {middle, middle_stride}, x_dtype, x, x_stride, p.param_dtype, p.da, begin,
+                       p.in_features);
+    }
     if (p.dx == nullptr) return;
     const bool in_place = mask == nullptr && p.x_dtype == dtype_of<T>();
     T* const dx = in_place ? static_cast<T*>(p.dx) + begin : local.take<T>(p.tokens * stride);
@@ -666,38 +644,6 @@ class Backward {
     if (in_place) return;
     for (int64_t i = 0; mask != nullptr && i < p.tokens; ++i) multiply_row(n, mask + i * stride, dx + i * stride);
     store_rows(p.x_dtype, p.tokens, n, dx, stride, p.dx, begin, p.in_features);
-  }
-
-  // A few rows of dA at a time, since memory is best written along them.
-  void few_da(int64_t begin, int64_t n, DType x_dtype, const void* x, int64_t x_stride) const {
-    constexpr int64_t kRowsAtOnce = 4;
-    const bool in_place = p.param_dtype == dtype_of<T>();
-    Scratch local;
-    T* const turned = local.take<T>(kRowsAtOnce * p.tokens);
-    T* const rows = local.take<T>(in_place ? 0 : kRowsAtOnce * n);
-    for (int64_t k = 0; k < p.rank; k += kRowsAtOnce) {
-      const int64_t count = minimum(kRowsAtOnce, p.rank - k), at = k * p.in_features + begin;
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t token = 0; token < p.tokens; ++token) {
-          turned[i * p.tokens + token] = middle[token * middle_stride + k + i];
-        }
-      }
-      T* const to = in_place ? static_cast<T*>(p.da) + at : rows;
-      combine_rows(count, n, p.tokens, turned, p.tokens, x_dtype, x, x_stride, to, in_place ? p.in_features : n,
-                   Mode::overwrite);
-      if (!in_place) store_rows(p.param_dtype, count, n, rows, n, p.da, at, p.in_features);
-    }
-  }
-
-  static void store_rows(DType dtype, int64_t rows, int64_t n, const T* from, int64_t stride, void* base,
-                         int64_t offset, int64_t to_stride) {
-    visit_storage(dtype, [&](auto storage) {
-      auto* const to = static_cast<decltype(storage)*>(base) + offset;
-      for (int64_t i = 0; i < rows; ++i) {
-        for_columns<T>(n, [&](auto at, int)
-                              LWFT_INLINE { store_at<T>(to + i * to_stride, at, load_at<T>(from + i * stride, at)); });
-      }
-    });
   }
 
   // ---- many ----

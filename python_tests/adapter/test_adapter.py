@@ -63,7 +63,11 @@ def reference(**arguments):
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17, 130])
 def test_accuracy(tokens, d, m, dtype):
     plain, everything = make(tokens, d, m), make(tokens, d, m, **EVERYTHING)
-    if m == 1:  # the gradient of one number, a sum that may cancel: its relative error is a matter of luck
+    if m == 1:
+        # GELU's slope is zero at -0.75: where the only hidden number is near it, every gradient is a rounding of that
+        # number many times over
+        everything["activation"] = "leaky_relu"
+        # the gradient of one number, a sum that may cancel: its relative error is a matter of luck
         for arguments, name in ((plain, "down_bias"), (everything, "down_bias"), (everything, "norm_bias")):
             arguments[name].requires_grad_(False)
     check_op(ours, reference, plain, dtype, note="plain")
