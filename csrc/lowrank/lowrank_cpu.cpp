@@ -54,14 +54,14 @@ static_assert(kDepth % kColumns == 0 && kDotDepth % kDepth == 0);
 // An adapter with so few tokens is read where it lies: it would be packed for one use.
 template <class E>
 constexpr int64_t kFewRows = kIsPair<E> ? 8 : 16;
-// Then it is reading it that takes time: as much as multiplying it, once it is in the cache, with so many.
+// Where there is one adapter, up to so many tokens share out the factors, not the tokens, among the threads.
+constexpr int64_t kFewTokens = 64;
+// Reading a factor takes as much time as multiplying it, once it is in the cache, with so many.
 constexpr int64_t kLeastWorkRows = 32;
-// Of the wide side of a factor, what few tokens take at a time.
-constexpr int64_t kFewColumns = 16 * kColumns;
-// Multiply-adds (or copied elements) below which a loop is not worth waking other threads for: some 40 us of one.
+// Multiply-adds below which a loop is not worth waking other threads for: some 40 us of one.
 constexpr int64_t kSerialWork = 1 << 21;
-// Columns that one task packs.
-constexpr int64_t kPackColumns = 1024;
+// Columns that one task packs; an element is as much work as so many multiply-adds.
+constexpr int64_t kPackColumns = 256, kPackWork = 16;
 
 template <class Body>
 void run(int64_t tasks, int64_t work, const Body& body) {
@@ -331,7 +331,7 @@ class Forward {
 
   void run_all() {
     if constexpr (!kIsPair<E>) {
-      if (p.adapter_index == nullptr && p.tokens <= kFewRows<E>) return run_few();
+      if (p.adapter_index == nullptr && p.tokens <= kFewTokens) return run_few();
     }
     pack();
     const int64_t work = p.tokens * p.rank * (p.in_features + p.out_features);
@@ -401,7 +401,7 @@ class Forward {
     }
     const int64_t down_tasks = down.lies_right() ? 0 : ceil_div(p.in_features, kPackColumns);
     const int64_t each = down_tasks + ceil_div(p.out_features, kPackColumns);
-    run(count * each, count * p.rank * (p.in_features + p.out_features), [&](int64_t task) {
+    run(count * each, kPackWork * count * p.rank * (p.in_features + p.out_features), [&](int64_t task) {
       const int64_t group = groups[task / each], part = task % each;
       if (part < down_tasks) {
         const int64_t begin = part * kPackColumns;
@@ -531,7 +531,7 @@ class Backward {
 
   void run_all() {
     if constexpr (!kIsPair<E>) {
-      if (p.adapter_index == nullptr && p.tokens > 0 && p.tokens <= kFewRows<E>) return run_few();
+      if (p.adapter_index == nullptr && p.tokens > 0 && p.tokens <= kFewTokens) return run_few();
     }
     if (p.dx != nullptr || p.da != nullptr) make_middle();
     if (kIsPair<E> && p.db != nullptr) pack_hidden();
@@ -562,6 +562,13 @@ class Backward {
 
   // ---- few tokens ----
 
+  // Columns of grad_out for one task. Over them goes a sum, so they depend on the shape alone.
+  int64_t few_columns() const {
+    constexpr int64_t kTaskWork = kSerialWork / 8, kLeast = 2 * kColumns, kMost = 16 * kColumns;
+    const int64_t columns = ceil_div(kTaskWork, maximum(p.tokens, kLeastWorkRows) * p.rank);
+    return maximum(kLeast, minimum(kMost, round_up(columns, kColumns)));
+  }
+
   // All of grad_out, then all of x, by columns.
   void run_few() {
     const int64_t rows = maximum(p.tokens, kLeastWorkRows);
@@ -577,10 +584,11 @@ class Backward {
     }
     // the sums of the middle: one for each task, so that they do not depend on who does it
     const bool wants_middle = p.dx != nullptr || p.da != nullptr;
-    const int64_t tasks = ceil_div(p.out_features, kFewColumns), size = p.tokens * middle_stride;
+    const int64_t columns_of_task = few_columns(), tasks = ceil_div(p.out_features, columns_of_task);
+    const int64_t size = p.tokens * middle_stride;
     middle = scratch.take<T>(wants_middle ? tasks * size : 0);
     run(tasks, 2 * rows * p.rank * p.out_features, [&](int64_t task) {
-      const int64_t begin = task * kFewColumns, n = minimum(kFewColumns, p.out_features - begin);
+      const int64_t begin = task * columns_of_task, n = minimum(columns_of_task, p.out_features - begin);
       const Tile<T> columns{dy.data + begin, dy.row_stride};
       if (wants_middle) few_middle(columns, begin, n, middle + task * size);
       if (p.db != nullptr) {
@@ -594,7 +602,8 @@ class Backward {
         store(middle + i, load(middle + i) + load(middle + task * size + i));
     }
     scale_rows(p.tokens, middle_stride, static_cast<T>(p.scale), middle);
-    const int64_t width = minimum(kFewColumns, round_up(ceil_div(p.in_features, thread_count()), kColumns));
+    const int64_t most = p.tokens <= kFewRows<float> ? 16 * kColumns : kWidestSlice;
+    const int64_t width = minimum(most, round_up(ceil_div(p.in_features, thread_count()), kColumns));
     run(ceil_div(p.in_features, width), 2 * rows * p.rank * p.in_features,
         [&](int64_t task) { few_columns_of_x(block, task * width, minimum(width, p.in_features - task * width)); });
   }
@@ -659,7 +668,7 @@ class Backward {
       groups[count++] = group;
     }
     const int64_t each = ceil_div(p.out_features, kPackColumns);
-    run(count * each, count * p.rank * p.out_features, [&](int64_t task) {
+    run(count * each, kPackWork * count * p.rank * p.out_features, [&](int64_t task) {
       const int64_t begin = task % each * kPackColumns;
       up.pack(groups[task / each], begin, minimum(begin + kPackColumns, p.out_features));
     });
@@ -703,7 +712,7 @@ class Backward {
   void pack_hidden() {
     if constexpr (kIsPair<E>) {
       hidden_panels = scratch.take<E>(plan.count * block_panels());
-      run(plan.count, p.tokens * p.rank, [&](int64_t task) {
+      run(plan.count, kPackWork * p.tokens * p.rank, [&](int64_t task) {
         const Block& block = plan.blocks[task];
         pack_operand(dtype_of<T>(), static_cast<const T*>(p.hidden) + block.first * p.rank, p.rank, 1, block.rows,
                      p.rank, hidden_panels + task * block_panels());

@@ -38,18 +38,20 @@ inline void tall_gradient(int64_t tokens, int64_t n, int64_t m, const Tile<T>& a
   }
 }
 
-// to (m, n), rows `to_stride` apart, = A^T B; A (tokens, m), B (tokens, n) of any dtype. A few rows at a time, each from one
-// end to the other.
+// to (m, n), rows `to_stride` apart, = A^T B; A (tokens, m), B (tokens, n) of any dtype. Where B fits the first cache a few
+// rows at a time, each from one end to the other.
 template <class T>
 inline void wide_gradient(int64_t tokens, int64_t m, int64_t n, const Tile<T>& a, DType b_dtype, const void* b,
                           int64_t b_stride, DType dtype, void* base, int64_t offset, int64_t to_stride) {
-  constexpr int64_t kRowsAtOnce = 4;  // what combine_rows takes at once
+  constexpr int64_t kCacheBytes = 24 * 1024, kRowsOfCombine = 4;
+  const bool fits = tokens * n * static_cast<int64_t>(sizeof(T)) <= kCacheBytes;
+  const int64_t at_once = fits ? kRowsOfCombine : m;
   const bool in_place = dtype == dtype_of<T>();
   Scratch scratch;
-  T* const turned = scratch.take<T>(kRowsAtOnce * tokens);
-  T* const rows = scratch.take<T>(in_place ? 0 : kRowsAtOnce * n);
-  for (int64_t k = 0; k < m; k += kRowsAtOnce) {
-    const int64_t count = minimum(kRowsAtOnce, m - k), at = offset + k * to_stride;
+  T* const turned = scratch.take<T>(at_once * tokens);
+  T* const rows = scratch.take<T>(in_place ? 0 : at_once * n);
+  for (int64_t k = 0; k < m; k += at_once) {
+    const int64_t count = minimum(at_once, m - k), at = offset + k * to_stride;
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t token = 0; token < tokens; ++token) turned[i * tokens + token] = a.row(token)[k + i];
     }
