@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kBlockKeys = 256;
 constexpr int64_t kPanelBytes = 128 << 10;
 // Rows of a task: the more, the less packing weighs; but q and out have to stay in the second cache.
-constexpr int64_t kTaskRows = 480, kTaskElements = 32 << 10;
+constexpr int64_t kTaskRows = 1024, kTaskElements = 64 << 10;
 // Where there are few heads, tasks become smaller, down to kFewestTaskRows, until there are so many.
 constexpr int64_t kEnoughTasks = 8, kFewestTaskRows = 96;
 // Keys of a task where there are few rows: as many as leave kEnoughTasks, within these.
@@ -45,7 +45,7 @@ Pieces task_rows(const AttentionShape& shape) {
 // Keys of a block, for panels of at most kPanelBytes (with very large heads: of 64 keys).
 template <class E>
 int64_t block_keys(int64_t head_dim) {
-  const int64_t fitting = kPanelBytes / (units<E>(head_dim) * static_cast<int64_t>(sizeof(E)));
+  const int64_t fitting = kPanelBytes / (panel_depth<E>(units<E>(head_dim)) * static_cast<int64_t>(sizeof(E)));
   return maximum<int64_t>(64, minimum(kBlockKeys, fitting / 64 * 64));
 }
 
@@ -112,14 +112,15 @@ void softmax_rows(const HeadGroup& group, const Segment& segment, Range rows, Ra
 template <class E>
 struct ForwardBuffers {
   using T = SumOf<E>;
+  using L = LeftOf<E>;
 
-  E* q;             // (rows, operand_stride(D))
+  L* q;             // (rows, operand_stride(D))
   T* out;           // (rows, padded D)
   bool* started;    // per tile: whether `out` holds anything yet
   E* key_panels;    // K^T of the block: (D, keys) in panels
   E* value_panels;  // V of the block: (keys, D) in panels
   T* scores;        // (kScoreRows, kScoreStride)
-  E* weights;       // the same, exponentiated, as a left-hand side: for pairs in a place of their own
+  L* weights;       // the same, exponentiated, as a left-hand side: for pairs in a place of their own
 };
 
 // A row of scores may be overwritten past its end by a vector; and not a power of two, or all rows would meet
@@ -140,7 +141,7 @@ void attend_tile(const HeadGroup& group, const Segment& segment, Range block, Ra
   const int64_t columns = minimum(round_up(end, kPanelColumns<E>), block.size()) - first;
   T* out = buffers.out + tile_start * d_padded;
   gemm(tile.size(), columns, units<E>(d), buffers.q + tile_start * q_stride, q_stride, 1,
-       buffers.key_panels + first * units<E>(d), buffers.scores, kScoreStride<T>, Mode::overwrite);
+       buffers.key_panels + first * panel_depth<E>(units<E>(d)), buffers.scores, kScoreStride<T>, Mode::overwrite);
   T factors[kScoreRows<E> + kGroupRows<T>];
   for (int64_t i = 0; i < tile.size(); ++i) elements(buffers.weights + i * kScoreStride<E>, width);
   softmax_rows(group, segment, tile, {block.begin + first, block.begin + end}, scores_scale<E>(group),
@@ -149,13 +150,8 @@ void attend_tile(const HeadGroup& group, const Segment& segment, Range block, Ra
   for (int64_t i = 0; i < tile.size(); ++i) {
     if (started && factors[i] != T{1}) scale_row(d_padded, out + i * d_padded, factors[i]);
   }
-  // One panel of V at a time, so that the keys may be a part of those packed.
-  for (int64_t j = 0; j < d; j += kPanelColumns<E>) {
-    const int64_t panel_width = minimum(kPanelColumns<E>, padded<E>(d - j));
-    gemm(tile.size(), panel_width, units<E>(width), buffers.weights, kScoreStride<E>, 1,
-         buffers.value_panels + j * units<E>(block.size()) + units<E>(first) * panel_width, out + j, d_padded,
-         started ? Mode::accumulate : Mode::overwrite);
-  }
+  gemm_with_rows(tile.size(), d, units<E>(width), buffers.weights, kScoreStride<E>, 1, buffers.value_panels,
+                 units<E>(first), units<E>(block.size()), out, d_padded, started ? Mode::accumulate : Mode::overwrite);
   started = true;
 }
 
@@ -165,7 +161,7 @@ void forward_rows(const AttentionForward& p, const HeadGroup& group, Range rows)
   const Pieces tiles(rows.size(), kScoreRows<E>, kTileRows<E>);
   Scratch scratch;
   ForwardBuffers<E> buffers{};
-  buffers.q = scratch.take<E>(rows.size() * operand_stride<E>(d));
+  buffers.q = scratch.take<LeftOf<E>>(rows.size() * operand_stride<E>(d));
   buffers.out = scratch.take<T>(rows.size() * d_padded);
   const SoftmaxRows<T> softmax(rows.size(), scratch);
   buffers.started = scratch.take<bool>(tiles.count);
@@ -174,7 +170,7 @@ void forward_rows(const AttentionForward& p, const HeadGroup& group, Range rows)
   buffers.value_panels = scratch.take<E>(panel_size<E>(units<E>(most_keys), d));
   buffers.scores = scratch.take<T>(kScoreRows<E> * kScoreStride<T>);
   if constexpr (kIsPair<E>) {
-    buffers.weights = scratch.take<E>(kScoreRows<E> * kScoreStride<E>);
+    buffers.weights = scratch.take<LeftOf<E>>(kScoreRows<E> * kScoreStride<E>);
   } else {
     buffers.weights = buffers.scores;
   }
@@ -378,6 +374,7 @@ void forward(const AttentionForward& p) {
   if constexpr (kMultipliesBFloat16) {
     if (p.shape.dtype == DType::bf16) return forward_many<BFloat16Pair>(p);
   }
+  if constexpr (kSplitsFloat) return forward_many<FloatParts>(p);
   forward_many<float>(p);
 }
 

@@ -244,10 +244,10 @@ constexpr int64_t operand_stride(int64_t d) {
 
 // Some rows of a (B, H, S, D) tensor, times `factor`; of floats zeros in the padding, of pairs as they are: the factor
 // would have to be rounded away.
-template <class E>
-inline void load_operand(const HeadGroup& group, const Strided& tensor, Range rows, SumOf<E> factor, E* to) {
-  const int64_t d = group.shape.head_dim, width = operand_stride<E>(d);
-  if constexpr (kIsPair<E>) {
+template <class L>
+inline void load_operand(const HeadGroup& group, const Strided& tensor, Range rows, SumOf<L> factor, L* to) {
+  const int64_t d = group.shape.head_dim, width = operand_stride<L>(d);
+  if constexpr (kIsPair<L>) {
     for (int64_t row = rows.begin; row < rows.end; ++row, to += width) {
       const auto* from = static_cast<const BFloat16*>(tensor.data) + group.offset(tensor.stride, row);
       __builtin_memcpy(elements(to, d), from, static_cast<size_t>(d) * sizeof(BFloat16));
@@ -256,17 +256,17 @@ inline void load_operand(const HeadGroup& group, const Strided& tensor, Range ro
     visit_storage(group.shape.dtype, [&](auto storage) {
       for (int64_t row = rows.begin; row < rows.end; ++row, to += width) {
         const auto* from = static_cast<const decltype(storage)*>(tensor.data) + group.offset(tensor.stride, row);
-        for_columns<E>(d, [&](auto at, int) LWFT_INLINE { store_at<E>(to, at, load_at<E>(from, at) * factor); });
-        fill(to, d, width, E{0});
+        for_columns<L>(d, [&](auto at, int) LWFT_INLINE { store_at<L>(to, at, load_at<L>(from, at) * factor); });
+        fill(to, d, width, L{0});
       }
     });
   }
 }
 
 // q of some rows. Floats carry the scale, so that products with keys are scores; for pairs scores_scale() is left to do.
-template <class E>
-inline void load_queries(const HeadGroup& group, const Strided& q, Range rows, E* to) {
-  load_operand(group, q, rows, static_cast<SumOf<E>>(group.rule.scale), to);
+template <class L>
+inline void load_queries(const HeadGroup& group, const Strided& q, Range rows, L* to) {
+  load_operand(group, q, rows, static_cast<SumOf<L>>(group.rule.scale), to);
 }
 template <class E>
 inline SumOf<E> scores_scale(const HeadGroup& group) {

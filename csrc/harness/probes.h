@@ -32,6 +32,12 @@ struct Probes {
   void (*pack_pair_panels)(ProbeMatrix b, int64_t k, int64_t n, void* panels);
   void (*gemm_pairs)(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col, const void* panels,
                      float* c, int64_t ldc, bool accumulate);
+  // floats in parts: how many words the panels take; null without matrix registers
+  int64_t (*part_panels)(int64_t k, int64_t n);
+  void (*pack_part_panels)(ProbeMatrix b, int64_t k, int64_t n, void* panels);
+  // with the rows first .. first + k - 1 of `packed`
+  void (*gemm_parts)(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const void* panels,
+                     int64_t first, int64_t packed, float* c, int64_t ldc, bool accumulate);
   void (*dot_rows)(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b, void* c,
                    int64_t ldc, bool accumulate);
   void (*combine_rows)(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b, void* c,

@@ -97,6 +97,24 @@ void multiply_pairs(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_ro
 constexpr decltype(Probes::gemm_pairs) multiply_pairs = nullptr;
 #endif
 
+#if defined(__AMX_BF16__)
+int64_t size_of_parts(int64_t k, int64_t n) { return panel_size<FloatParts>(k, n); }
+
+void pack_parts(ProbeMatrix b, int64_t k, int64_t n, void* panels) {
+  pack_part_panels(b.dtype, b.data, b.row_stride, b.col_stride, k, n, static_cast<FloatParts*>(panels));
+}
+
+void multiply_parts(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const void* panels,
+                    int64_t first, int64_t packed, float* c, int64_t ldc, bool accumulate) {
+  gemm_with_rows(m, n, k, a, a_row, a_col, static_cast<const FloatParts*>(panels), first, packed, c, ldc,
+                 mode_of(accumulate));
+}
+#else
+constexpr decltype(Probes::part_panels) size_of_parts = nullptr;
+constexpr decltype(Probes::pack_part_panels) pack_parts = nullptr;
+constexpr decltype(Probes::gemm_parts) multiply_parts = nullptr;
+#endif
+
 void dot(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b, void* c, int64_t ldc,
          bool accumulate) {
   visit_arithmetic(type, [&](auto zero) {
@@ -169,8 +187,9 @@ double peak_flops(DType type, double seconds) {
 }  // namespace
 
 extern const Probes probes;
-const Probes probes = {
-    lanes,      unary,          sum_and_max, convert, padded_columns, pack, multiply,           kMultipliesBFloat16,
-    pack_pairs, multiply_pairs, dot,         combine, multipliers,    drop, run_numbered_tasks, peak_flops};
+const Probes probes = {lanes,         unary,      sum_and_max,         convert,    padded_columns,
+                       pack,          multiply,   kMultipliesBFloat16, pack_pairs, multiply_pairs,
+                       size_of_parts, pack_parts, multiply_parts,      dot,        combine,
+                       multipliers,   drop,       run_numbered_tasks,  peak_flops};
 
 }  // namespace lwft::LWFT_ISA

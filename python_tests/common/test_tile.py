@@ -126,12 +126,74 @@ def test_a_long_sum_is_accurate(level: str) -> None:
     a, b = np.abs(a), np.abs(b)  # no cancellation: the error of one long chain would grow with k
     exact = a.astype(np.float64) @ b.astype(np.float64)
     numpy_error = np.linalg.norm(a @ b - exact)
+    products = [lwft_harness.gemm]
+    if lwft_harness.splits_float(level):
+        products.append(lwft_harness.gemm_parts)
     for actual in (
-        lwft_harness.gemm(level, a, b)[:, :70],
+        *(product(level, a, b)[:, :70] for product in products),
         lwft_harness.dot_rows(level, a, np.ascontiguousarray(b.T)),
         lwft_harness.combine_rows(level, a, b),
     ):
         assert np.linalg.norm(actual - exact) <= 2 * numpy_error + 2e-7 * np.linalg.norm(exact)
+
+
+SPLITTING = [level for level in LEVELS if lwft_harness.splits_float(level)]
+
+
+@pytest.mark.parametrize("level", SPLITTING)
+def test_gemm_of_floats_in_parts(level: str) -> None:
+    layouts = itertools.cycle(itertools.product(["rows", "columns", "none"], ["columns", "rows", "none"]))
+    for m, n, k in SIZES:
+        a_layout, b_layout = next(layouts)
+        a, b = random_matrix(m, k, np.float32, a_layout), random_matrix(k, n, np.float32, b_layout)
+        for given in (b, to_bfloat16(b), b.astype(np.float16, order="K")):
+            out = lwft_harness.gemm_parts(level, a, given, margin=MARGIN)
+            assert_close(out[:, :n], a, given)
+            assert np.all(out[:, n:-MARGIN] == 0), "padding"
+            assert np.all(np.isnan(out[:, -MARGIN:])), "written past the padding"
+            before = random_matrix(m, out.shape[1], np.float32)
+            after = lwft_harness.gemm_parts(level, a, given, c=before, margin=MARGIN)
+            assert_close(after[:, :n], a, given, before[:, :n])
+            np.testing.assert_array_equal(after[:, n:], before[:, n:])
+
+
+@pytest.mark.parametrize("level", SPLITTING)
+def test_some_rows_of_what_is_packed(level: str) -> None:
+    b = random_matrix(300, 150, np.float32)
+    for first, k in [(0, 300), (0, 65), (32, 32), (64, 100), (256, 44), (288, 1)]:
+        a = random_matrix(50, k, np.float32)
+        assert_close(lwft_harness.gemm_parts(level, a, b, first=first)[:, :150], a, b[first : first + k])
+
+
+@pytest.mark.parametrize("level", SPLITTING)
+def test_parts_are_as_accurate_as_floats(level: str) -> None:
+    """Against gemm of the vectors, whose sums are rounded at every step: no worse, whatever the size of the numbers."""
+    random = np.random.default_rng(0)
+    for m, n, k in [(64, 64, 64), (33, 100, 700), (64, 48, 4096)]:
+        for spread in (0, 20, 60):  # factors up to 2^spread between rows, between columns and along k
+            exponents = [random.integers(-spread, spread + 1, size) for size in (m, k, n)]
+            a, b = random_matrix(m, k, np.float32), random_matrix(k, n, np.float32)
+            a = np.ldexp(a, exponents[0][:, None] // 2 + exponents[1][None, :] // 2).astype(np.float32)
+            b = np.ldexp(b, exponents[2][None, :] // 2 - exponents[1][:, None] // 2).astype(np.float32)
+            size = np.abs(a).astype(np.float64) @ np.abs(b).astype(np.float64)
+            exact = a.astype(np.float64) @ b.astype(np.float64)
+            errors = [
+                np.sqrt(np.mean(((gemm(level, a, b)[:, :n] - exact) / size) ** 2))
+                for gemm in (lwft_harness.gemm_parts, lwft_harness.gemm)
+            ]
+            assert errors[0] <= errors[1], (m, n, k, spread)
+
+
+@pytest.mark.parametrize("level", SPLITTING)
+def test_what_is_not_finite_shows_in_parts(level: str) -> None:
+    a, b = random_matrix(40, 70, np.float32), random_matrix(70, 80, np.float32)
+    for value in (np.inf, -np.inf, np.nan):
+        for row, column in [(0, 0), (17, 33), (39, 69)]:
+            spoilt = a.copy()
+            spoilt[row, column] = value
+            finite = np.isfinite(lwft_harness.gemm_parts(level, spoilt, b)[:, :80])
+            assert not finite[row].any()
+            assert finite[np.arange(40) != row].all()
 
 
 def even_rows(x: np.ndarray) -> np.ndarray:

@@ -79,10 +79,19 @@ constexpr int64_t padded(int64_t n) {
   return round_up(n, kLanes<T>);
 }
 
+// How many T a column of panels of k rows takes. Of k rows that are part of more, k a multiple of kPartRows: how far on the
+// next ones begin.
+constexpr int64_t kPartRows = 32;
+struct FloatParts;
+template <class T>
+constexpr int64_t panel_depth(int64_t k) {
+  return std::is_same_v<T, FloatParts> ? ceil_div(k, kPartRows) * (kPartRows * 3 / 2) : k;
+}
+
 // How many T the panels of a (k, n) matrix take.
 template <class T>
 constexpr int64_t panel_size(int64_t k, int64_t n) {
-  return k * padded<T>(n);
+  return panel_depth<T>(k) * padded<T>(n);
 }
 
 // Packs the (k, n) matrix whose element (i, j) is source[i * row_stride + j * col_stride], of any dtype. Fast
@@ -143,6 +152,48 @@ constexpr int64_t pairs(int64_t k) { return ceil_div(k, 2); }
 // col_stride is 1, or row_stride is 1 and the matrix is a bfloat16 one.
 void pack_pair_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
                       BFloat16Pair* panels);
+
+// ---- float times float in matrix registers, at about three times the rate of the vectors
+
+// A word of panels in which every float stands as the three bfloat16 that add up to it (tile_parts.h). A is of floats, and
+// split on its way into the product, so k, a_row and a_col count floats. The sums are as accurate as those of gemm<float>.
+struct FloatParts {
+  uint32_t word;
+};
+template <>
+struct SumType<FloatParts> {
+  using type = float;
+};
+#if defined(__AMX_BF16__)
+constexpr bool kSplitsFloat = true;
+template <>
+constexpr int64_t kTileRows<FloatParts> = 32;
+#else
+constexpr bool kSplitsFloat = false;
+#endif
+
+// What the left-hand side of panels of E is made of.
+template <class E>
+struct LeftType {
+  using type = E;
+};
+template <>
+struct LeftType<FloatParts> {
+  using type = float;
+};
+template <class E>
+using LeftOf = typename LeftType<E>::type;
+
+void pack_part_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
+                      FloatParts* panels);
+// Of A a_row or a_col is 1. Columns from j on are at panels + j * panel_depth<FloatParts>(k).
+void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const FloatParts* panels,
+          float* c, int64_t ldc, Mode mode);
+
+// The product with the rows first .. first + k - 1 of a packed B of `packed` rows; first is a multiple of kPartRows.
+template <class E>
+void gemm_with_rows(int64_t m, int64_t n, int64_t k, const LeftOf<E>* a, int64_t a_row, int64_t a_col, const E* panels,
+                    int64_t first, int64_t packed, SumOf<E>* c, int64_t ldc, Mode mode);
 
 // ---- few rows ----
 

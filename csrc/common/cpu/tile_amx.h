@@ -55,9 +55,9 @@ template <int Register>
 inline void clear_tile() {
   asm volatile("tilezero %%tmm%c0" ::"i"(Register));
 }
-template <int Register>
+template <int Register, int Offset = 0>  // in bytes
 inline void load_tile(const void* from, int64_t row_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(Register) : "memory");
+  asm volatile("tileloadd %c3(%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(Register), "i"(Offset) : "memory");
 }
 template <int Register>
 inline void store_tile(void* to, int64_t row_bytes) {

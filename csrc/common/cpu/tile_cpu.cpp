@@ -8,7 +8,7 @@
 #include "common/cpu/convert.h"
 #include "common/cpu/transpose.h"
 #if defined(__AMX_BF16__)
-#include "common/cpu/tile_amx.h"
+#include "common/cpu/tile_parts.h"
 #endif
 
 namespace lwft::LWFT_ISA {
@@ -149,6 +149,30 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_
       const int64_t width = minimum(kPanelColumns<T>, padded<T>(n - j));
       panel_product(width, m, minimum(kKBlock, k - k0), a + k0 * a_col, a_row, a_col, panels + j * k + k0 * width,
                     width, c + j, ldc, block_mode, ahead);
+    }
+  }
+}
+
+#if defined(__AMX_BF16__)
+void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const FloatParts* panels,
+          float* c, int64_t ldc, Mode mode) {
+  gemm_with_rows(m, n, k, a, a_row, a_col, panels, 0, k, c, ldc, mode);
+}
+#endif
+
+template <class E>
+void gemm_with_rows(int64_t m, int64_t n, int64_t k, const LeftOf<E>* a, int64_t a_row, int64_t a_col, const E* panels,
+                    int64_t first, int64_t packed, SumOf<E>* c, int64_t ldc, Mode mode) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<E, FloatParts>) {
+    if (k == 0 && mode == Mode::overwrite) clear_rows(m, padded<E>(n), c, ldc);
+    return gemm_on_parts(m, n, k, a, a_row, a_col, panels, first, packed, c, ldc, mode);
+  } else
+#endif
+  {
+    for (int64_t j = 0; j < n; j += kPanelColumns<E>) {
+      const int64_t width = minimum(kPanelColumns<E>, padded<E>(n - j));
+      gemm(m, width, k, a, a_row, a_col, panels + j * packed + first * width, c + j, ldc, mode);
     }
   }
 }
@@ -530,6 +554,18 @@ template void gemm<double>(int64_t, int64_t, int64_t, const double*, int64_t, in
 #if defined(__AVX512BF16__)
 template void gemm<BFloat16Pair>(int64_t, int64_t, int64_t, const BFloat16Pair*, int64_t, int64_t, const BFloat16Pair*,
                                  float*, int64_t, Mode, Ahead);
+#endif
+template void gemm_with_rows<float>(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, int64_t,
+                                    int64_t, float*, int64_t, Mode);
+template void gemm_with_rows<double>(int64_t, int64_t, int64_t, const double*, int64_t, int64_t, const double*, int64_t,
+                                     int64_t, double*, int64_t, Mode);
+#if defined(__AVX512BF16__)
+template void gemm_with_rows<BFloat16Pair>(int64_t, int64_t, int64_t, const BFloat16Pair*, int64_t, int64_t,
+                                           const BFloat16Pair*, int64_t, int64_t, float*, int64_t, Mode);
+#endif
+#if defined(__AMX_BF16__)
+template void gemm_with_rows<FloatParts>(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const FloatParts*,
+                                         int64_t, int64_t, float*, int64_t, Mode);
 #endif
 template void dot_rows<float>(int64_t, int64_t, int64_t, const float*, int64_t, DType, const void*, int64_t, float*,
                               int64_t, Mode);
