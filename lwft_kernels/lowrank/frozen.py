@@ -44,6 +44,8 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
             traced: Tensor = autograd.frozen_linear(x, weight, bias)
             return traced
         return linear(x, weight, bias)
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace, for which sizes are tensors
+        return linear(x, weight, bias)
     try:
         d_out, d_in = weight.shape
         own = is_own(x.dtype, x.numel() // d_in, d_in, d_out)
@@ -133,8 +135,6 @@ def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
         return "the weight or the bias wants a gradient"
     if type(weight) not in _PLAIN or type(x) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN):
         return "an argument is of a subclass of Tensor"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace"
     return None
 
 
