@@ -116,6 +116,19 @@ py::array gemm_bfloat16(const std::string& level, const py::array& a, const py::
   return out;
 }
 
+// As gemm of float32 matrices, of which a is contiguous along one side; b may be of any dtype.
+py::array gemm_parts(const std::string& level, const py::array& a, const py::array& b, const py::object& c,
+                     int64_t margin, bool split) {
+  if (probes(level).gemm_parts == nullptr) throw py::value_error(level + " does not multiply floats in parts");
+  const int64_t m = a.shape(0), k = a.shape(1), n = b.shape(1), ldc = probes(level).padded(DType::f32, n) + margin;
+  if (arithmetic_type(a) != DType::f32 || (m > 1 && k > 1 && stride(a, 0) != 1 && stride(a, 1) != 1))
+    throw py::value_error("a is no left-hand side");
+  py::array out = product_buffer(DType::f32, m, ldc, c);
+  probes(level).gemm_parts(m, n, k, static_cast<const float*>(a.data()), stride(a, 0), stride(a, 1), matrix(b),
+                           static_cast<float*>(out.mutable_data()), ldc, !c.is_none(), split);
+  return out;
+}
+
 // (m, n + margin); `product` is Probes::dot_rows or combine_rows, b as that wants it.
 py::array few_rows(decltype(Probes::dot_rows) product, int64_t n, const py::array& a, const py::array& b,
                    const py::object& c, int64_t margin) {
@@ -168,6 +181,9 @@ void bind_common(py::module_& m) {
   m.def("pack_pair_panels", pack_pair_panels, arg("level"), arg("b"));
   m.def("gemm_bfloat16", gemm_bfloat16, arg("level"), arg("a"), arg("b"), arg("c") = py::none(), arg("margin") = 0,
         arg("pack_a") = false);
+  m.def("splits_float", [](const std::string& level) { return probes(level).gemm_parts != nullptr; });
+  m.def("gemm_parts", gemm_parts, arg("level"), arg("a"), arg("b"), arg("c") = py::none(), arg("margin") = 0,
+        arg("split") = false);
   m.def("gemm", gemm, arg("level"), arg("a"), arg("b"), arg("c") = py::none(), arg("margin") = 0);
   m.def(
       "dot_rows",

@@ -32,6 +32,9 @@ struct Probes {
   void (*pack_pair_panels)(ProbeMatrix b, int64_t k, int64_t n, void* panels);
   void (*gemm_pairs)(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col, const void* panels,
                      float* c, int64_t ldc, bool accumulate);
+  // null where floats are not multiplied in parts; with `split` a is split beforehand, some columns at a time
+  void (*gemm_parts)(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, ProbeMatrix b,
+                     float* c, int64_t ldc, bool accumulate, bool split);
   void (*dot_rows)(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b, void* c,
                    int64_t ldc, bool accumulate);
   void (*combine_rows)(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b, void* c,

@@ -97,6 +97,23 @@ void multiply_pairs(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_ro
 constexpr decltype(Probes::gemm_pairs) multiply_pairs = nullptr;
 #endif
 
+#if defined(__AMX_BF16__)
+void multiply_parts(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, ProbeMatrix b,
+                    float* c, int64_t ldc, bool accumulate, bool split) {
+  Scratch scratch;
+  FloatParts* const panels = scratch.take<FloatParts>(panel_size<FloatParts>(k, n));
+  pack_part_panels(b.dtype, b.data, b.row_stride, b.col_stride, k, n, panels);
+  if (!split) return gemm(m, n, k, a, a_row, a_col, panels, c, ldc, mode_of(accumulate));
+  FloatParts* const left = scratch.take<FloatParts>(split_size(m, k));
+  constexpr int64_t kAtOnce = 2 * kPartRows;
+  for (int64_t l = 0; l < k; l += kAtOnce)
+    split_left(m, minimum(kAtOnce, k - l), a + l * a_col, a_row, a_col, left, l, k);
+  gemm_split(m, n, k, left, 0, k, panels, c, ldc, mode_of(accumulate));
+}
+#else
+constexpr decltype(Probes::gemm_parts) multiply_parts = nullptr;
+#endif
+
 void dot(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b, void* c, int64_t ldc,
          bool accumulate) {
   visit_arithmetic(type, [&](auto zero) {
@@ -170,7 +187,8 @@ double peak_flops(DType type, double seconds) {
 
 extern const Probes probes;
 const Probes probes = {
-    lanes,      unary,          sum_and_max, convert, padded_columns, pack, multiply,           kMultipliesBFloat16,
-    pack_pairs, multiply_pairs, dot,         combine, multipliers,    drop, run_numbered_tasks, peak_flops};
+    lanes,      unary,          sum_and_max,    convert, padded_columns, pack,        multiply, kMultipliesBFloat16,
+    pack_pairs, multiply_pairs, multiply_parts, dot,     combine,        multipliers, drop,     run_numbered_tasks,
+    peak_flops};
 
 }  // namespace lwft::LWFT_ISA

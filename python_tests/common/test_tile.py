@@ -176,3 +176,25 @@ def test_gemm_of_bfloat16(level: str) -> None:
             before = random_matrix(m, out.shape[1], np.float32)
             after = lwft_harness.gemm_bfloat16(level, a, b, c=before, margin=MARGIN, pack_a=pack_a)
             assert_close(after[:, :n], exact, b, before[:, :n])
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if lwft_harness.splits_float(level)])
+@pytest.mark.parametrize("split", [False, True])
+def test_gemm_of_floats_in_parts(level: str, split: bool) -> None:
+    """As accurate as float32; the same bits whether the left-hand side is split beforehand or on the way."""
+    layouts = itertools.cycle(itertools.product(["rows", "columns"], ["columns", "rows", "none"]))
+    for m, n, k in SIZES:
+        a_layout, b_layout = next(layouts)
+        a, b = random_matrix(m, k, np.float32, a_layout), random_matrix(k, n, np.float32, b_layout)
+        for b_typed in (b, to_bfloat16(b), b.astype(np.float16, order="K")):
+            out = lwft_harness.gemm_parts(level, a, b_typed, margin=MARGIN, split=split)
+            assert_close(out[:, :n], a, b_typed)
+            assert np.all(out[:, n:-MARGIN] == 0), "padding"
+            assert np.all(np.isnan(out[:, -MARGIN:])), "written past the padding"
+            before = random_matrix(m, out.shape[1], np.float32)
+            after = lwft_harness.gemm_parts(level, a, b_typed, c=before, margin=MARGIN, split=split)
+            assert_close(after[:, :n], a, b_typed, before[:, :n])
+            np.testing.assert_array_equal(after[:, -MARGIN:], before[:, -MARGIN:])
+        np.testing.assert_array_equal(
+            lwft_harness.gemm_parts(level, a, b, split=split), lwft_harness.gemm_parts(level, a, b, split=not split)
+        )

@@ -181,12 +181,18 @@ template <int Rows, int Columns>
   });
 }
 
+// Where the tiles of some rows of A are: those of the next kTileSide rows next_rows on.
+struct SplitRows {
+  const FloatParts* data;
+  int64_t next_rows;
+};
+
 // row_tiles (1 or 2) tiles of rows times a panel, in the shapes that are set.
-void part_panel(int64_t row_tiles, int64_t groups, const FloatParts* a, const FloatParts* panel, int64_t width,
-                float* c, int64_t ldc, Mode mode) {
-  const int64_t next_rows = groups * kParts * kTileWords, column_tiles = width / kTileSide;
+void part_panel(int64_t row_tiles, int64_t groups, SplitRows a, const FloatParts* panel, int64_t width, float* c,
+                int64_t ldc, Mode mode) {
+  const int64_t column_tiles = width / kTileSide;
   const auto block = [&](auto rows, auto columns, int64_t j) {
-    part_block<rows, columns>(groups, a, next_rows, panel + j * kTileSide, width, c + j * kTileSide, ldc, mode);
+    part_block<rows, columns>(groups, a.data, a.next_rows, panel + j * kTileSide, width, c + j * kTileSide, ldc, mode);
   };
   constexpr std::integral_constant<int, 1> kOne{};
   constexpr std::integral_constant<int, 2> kTwo{};
@@ -206,31 +212,52 @@ void part_panel(int64_t row_tiles, int64_t groups, const FloatParts* a, const Fl
   }
 }
 
-void gemm_on_parts(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col,
-                   const FloatParts* panels, int64_t first, int64_t packed, float* c, int64_t ldc, Mode mode) {
-  alignas(64) FloatParts split[kSplitRows * panel_depth<FloatParts>(kSplitDepth)];
+// C (+)= A B, B packed, of whose `packed` rows the product has those from `first` on. rows_of(i, l, rows, depth) splits so
+// many rows of A from row i on, and columns from l on.
+template <class RowsOf>
+inline void add_products(int64_t m, int64_t n, int64_t k, const RowsOf& rows_of, const FloatParts* panels,
+                         int64_t first, int64_t packed, float* c, int64_t ldc, Mode mode) {
   for (int64_t l = 0; l < k; l += kSplitDepth) {
     const int64_t depth = minimum(kSplitDepth, k - l), groups = ceil_div(depth, kPartRows);
     for (int64_t i = 0; i < m; i += kSplitRows) {
       const int64_t rows = minimum(kSplitRows, m - i), whole = rows / kTileSide;
-      for (int64_t r = 0; r < rows; r += kTileSide) {
-        split_rows(a + (i + r) * a_row + l * a_col, a_row, a_col, minimum(kTileSide, rows - r), depth,
-                   split + r * panel_depth<FloatParts>(depth));
-      }
+      const SplitRows a = rows_of(i, l, rows, depth);
       for (const bool rest : {false, true}) {
-        const int64_t row_tiles = rest ? rows % kTileSide > 0 : whole, r = rest ? whole * kTileSide : 0;
+        const int64_t row_tiles = rest ? rows % kTileSide > 0 : whole, skipped = rest ? whole : 0;
         if (row_tiles == 0) continue;
         set_tile_shapes(rest ? rows % kTileSide : kTileSide, kTileSide);
         for (int64_t j = 0; j < n; j += kPanelColumns<FloatParts>) {
           const int64_t width = minimum(kPanelColumns<FloatParts>, padded<FloatParts>(n - j));
-          part_panel(row_tiles, groups, split + r * panel_depth<FloatParts>(depth),
+          part_panel(row_tiles, groups, {a.data + skipped * a.next_rows, a.next_rows},
                      panels + j * panel_depth<FloatParts>(packed) + panel_depth<FloatParts>(first + l) * width, width,
-                     c + (i + r) * ldc + j, ldc, l > 0 ? Mode::accumulate : mode);
+                     c + (i + skipped * kTileSide) * ldc + j, ldc, l > 0 ? Mode::accumulate : mode);
         }
       }
     }
   }
   if (shapes_set == kOutside) release_tiles();
+}
+
+void gemm_on_parts(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col,
+                   const FloatParts* panels, int64_t first, int64_t packed, float* c, int64_t ldc, Mode mode) {
+  alignas(64) FloatParts split[kSplitRows * panel_depth<FloatParts>(kSplitDepth)];
+  const auto rows_of = [&](int64_t i, int64_t l, int64_t rows, int64_t depth) {
+    const int64_t next_rows = split_size(kTileSide, depth);
+    for (int64_t r = 0; r < rows; r += kTileSide) {
+      split_rows(a + (i + r) * a_row + l * a_col, a_row, a_col, minimum(kTileSide, rows - r), depth,
+                 split + r / kTileSide * next_rows);
+    }
+    return SplitRows{split, next_rows};
+  };
+  add_products(m, n, k, rows_of, panels, first, packed, c, ldc, mode);
+}
+
+void gemm_on_split_parts(int64_t m, int64_t n, int64_t k, const FloatParts* split, int64_t first, int64_t depth,
+                         const FloatParts* panels, float* c, int64_t ldc, Mode mode) {
+  const auto rows_of = [&](int64_t i, int64_t l, int64_t, int64_t) {
+    return SplitRows{split + split_size(i, depth) + split_size(kTileSide, first + l), split_size(kTileSide, depth)};
+  };
+  add_products(m, n, k, rows_of, panels, 0, k, c, ldc, mode);
 }
 
 }  // namespace
@@ -240,6 +267,14 @@ void pack_part_panels(DType dtype, const void* source, int64_t row_stride, int64
   visit_storage(dtype, [&](auto storage) {
     pack_parts(static_cast<const decltype(storage)*>(source), row_stride, col_stride, k, n, panels);
   });
+}
+
+void split_left(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, FloatParts* split, int64_t first,
+                int64_t depth) {
+  for (int64_t i = 0; i < m; i += kTileSide) {
+    split_rows(a + i * a_row, a_row, a_col, minimum(kTileSide, m - i), k,
+               split + split_size(i, depth) + split_size(kTileSide, first));
+  }
 }
 
 }  // namespace lwft::LWFT_ISA
