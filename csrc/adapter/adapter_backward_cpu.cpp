@@ -112,7 +112,7 @@ class Backward {
                   group_sums_ + (begin + i) / kSummedTokens * row_stride_);
     }
     if (p_.dx == nullptr) return;
-    const Tile<L> operand = operand_rows(dz, rows, scratch);
+    const auto operand = left_of_several<E>(operand_rows(dz, rows, scratch), rows, m_, scratch);
     if (normed_) {
       input_gradient_with_norm(begin, rows, operand);
     } else {
@@ -241,7 +241,8 @@ class Backward {
   }
 
   // dx = dZ Wd (+ grad_out), a block of columns at a time.
-  void input_gradient(int64_t begin, int64_t rows, const Tile<L>& dz) const {
+  template <class Left>
+  void input_gradient(int64_t begin, int64_t rows, const Left& dz) const {
     const auto blocks = [&](int64_t from, int64_t to) {
       Scratch scratch;
       T* block = scratch.take<T>(rows * kBlockColumns);
@@ -263,7 +264,8 @@ class Backward {
   }
 
   // With g = dN w: dx = rstd (g - mean(g) - n mean(g n)) (+ grad_out).
-  void input_gradient_with_norm(int64_t begin, int64_t rows, const Tile<L>& dz) const {
+  template <class Left>
+  void input_gradient_with_norm(int64_t begin, int64_t rows, const Left& dz) const {
     Scratch scratch;
     const int64_t stride = buffer_stride<T>(d_);
     T* dn = scratch.take<T>(rows * stride);
@@ -296,7 +298,8 @@ class Backward {
   }
 
   // The columns from j on of dZ Wd.
-  void times_down_weight(const Tile<L>& dz, int64_t rows, int64_t j, int64_t columns, T* result, int64_t stride) const {
+  template <class Left>
+  void times_down_weight(const Left& dz, int64_t rows, int64_t j, int64_t columns, T* result, int64_t stride) const {
     if constexpr (kPanelsAreRows<E>) {
       if (few_) {
         combine_rows(rows, columns, m_, dz.data, dz.row_stride, p_.param_dtype,

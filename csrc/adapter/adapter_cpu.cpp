@@ -56,10 +56,11 @@ class Forward {
       }
       down.multiply(rows, input, 0, m_, z, z_stride);
       bottleneck_rows(begin, rows, z, z_stride, h, h_stride);
+      const auto activated = left_of_several<E>({h, h_stride}, rows, m_, scratch);
       T* y = scratch.take<T>(rows * kBlockColumns);
       for (int64_t j = 0; j < d_; j += kBlockColumns) {
         const int64_t columns = minimum(kBlockColumns, d_ - j);
-        up.multiply(rows, {h, h_stride}, j, columns, y, kBlockColumns);
+        up.multiply(rows, activated, j, columns, y, kBlockColumns);
         branch_rows(begin, rows, j, columns, y);
       }
       if (streams_) finish_streaming();

@@ -24,7 +24,7 @@ constexpr int64_t kCombineColumns = 4 * kLanes<T>;
 
 // Floats are multiplied in parts, where the machine can, from so many tokens and so wide a bottleneck on: each number of x
 // is split for its products with the bottleneck, which have to be worth it.
-constexpr int64_t kFewestTokensInParts = 32, kNarrowestInParts = 33;
+constexpr int64_t kFewestTokensInParts = 64, kNarrowestInParts = 33;
 
 // Columns of the (tokens, model_dim) branch at a time, out of the cache and into memory: whole panels, and whole
 // blocks of 64 columns of the random stream.
@@ -92,6 +92,33 @@ inline bool shares_packs(const Tiles& tiles) {
   return tiles.count > kTilesPerThread * thread_count() || tiles.rows < kRowsWorthAPack;
 }
 
+// Rows that are the left-hand side of several products: floats that are multiplied in parts are split once.
+struct SplitTile {
+  const FloatParts* data;
+  int64_t depth;
+};
+template <class E>
+auto left_of_several(const Tile<LeftOf<E>>& a, int64_t rows, int64_t k, Scratch& scratch) {
+  if constexpr (std::is_same_v<E, FloatParts>) {
+    FloatParts* const split = scratch.take<FloatParts>(split_size(rows, k));
+    split_left(rows, k, a.data, a.row_stride, 1, split, 0, k);
+    return SplitTile{split, k};
+  } else {
+    return a;
+  }
+}
+
+// C (+)= the columns first .. first + k - 1 of A times panels.
+template <class E>
+void product(int64_t rows, int64_t n, int64_t k, const Tile<LeftOf<E>>& a, int64_t first, const E* panels, SumOf<E>* c,
+             int64_t ldc, Mode mode) {
+  gemm(rows, n, k, a.data + first, a.row_stride, 1, panels, c, ldc, mode);
+}
+inline void product(int64_t rows, int64_t n, int64_t k, const SplitTile& a, int64_t first, const FloatParts* panels,
+                    float* c, int64_t ldc, Mode mode) {
+  gemm_split(rows, n, k, a.data, first, a.depth, panels, c, ldc, mode);
+}
+
 // A weight as the right-hand side of gemm; if shared, packed in tasks of equal size.
 template <class E>
 class PackedWeight {
@@ -122,11 +149,10 @@ class PackedWeight {
   }
 
   // result = A times the columns j .. j + columns; j is a multiple of kPanelColumns<E>.
-  void multiply(int64_t rows, const Tile<LeftOf<E>>& a, int64_t j, int64_t columns, SumOf<E>* result,
-                int64_t stride) const {
+  template <class A>
+  void multiply(int64_t rows, const A& a, int64_t j, int64_t columns, SumOf<E>* result, int64_t stride) const {
     if (panels_ != nullptr) {
-      gemm(rows, columns, units<E>(k_), a.data, a.row_stride, 1, panels_ + j * depth(), result, stride,
-           Mode::overwrite);
+      product(rows, columns, units<E>(k_), a, 0, panels_ + j * depth(), result, stride, Mode::overwrite);
       return;
     }
     // by the blocks in which gemm takes its sums, so the result is the same
@@ -139,8 +165,8 @@ class PackedWeight {
         const int64_t width = minimum(kColumnsAtOnce, columns - i);
         pack_operand(dtype_, element(dtype_, data_, l * row_stride_ + (j + i) * col_stride_), row_stride_, col_stride_,
                      depth, width, panels);
-        gemm(rows, width, units<E>(depth), a.data + units<E>(l), a.row_stride, 1, panels, result + i, stride,
-             l == 0 ? Mode::overwrite : Mode::accumulate);
+        product(rows, width, units<E>(depth), a, units<E>(l), panels, result + i, stride,
+                l == 0 ? Mode::overwrite : Mode::accumulate);
       }
     }
   }
