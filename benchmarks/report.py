@@ -19,8 +19,9 @@ MEBIBYTE = 2**20
 
 LEGEND = (
     "Median time of one call ± half the distance of its quartiles. vs best peer: time of the fastest peer / ours, "
-    "above 1 we are faster. of limit: the least time this machine could need, by torch.mm (GEMM) or by a copy of as "
-    "many bytes, timed in the same rounds, / ours. MiB: peak memory of one call of ours / of the best peer."
+    "above 1 we are faster. of limit: the time of as many products by torch.mm (GEMM) or of a copy of as many bytes, "
+    "the longer, timed in the same rounds, / ours; above 100% where ours multiplies faster than torch.mm. MiB: peak "
+    "memory of one call of ours / of the best peer."
 )
 
 GPU_LEGEND = (

@@ -115,10 +115,10 @@ class Forward {
   // Rows begin .. of Z^T, without the bias.
   void down_transposed(const Weights& weights, const Tile<L>& input, int64_t tokens, int64_t begin, int64_t rows,
                        T* zt) const {
-    constexpr int64_t kDepth = kKBlock * kUnit<E>;
+    constexpr int64_t kDepth = kSumDepth<E>;
     const int64_t stride = padded<T>(tokens);
     Scratch scratch;
-    E* xt = scratch.take<E>(panel_size<E>(kKBlock, tokens));
+    E* xt = scratch.take<E>(panel_size<E>(units<E>(kDepth), tokens));
     for (int64_t k = 0; k < d_; k += kDepth) {
       const int64_t depth = minimum(kDepth, d_ - k);
       pack_operand(dtype_of<Element<L>>(), elements_of(input.data + units<E>(k)), 1, input.row_stride * kUnit<E>, depth,

@@ -92,6 +92,10 @@ inline bool shares_packs(const Tiles& tiles) {
   return tiles.count > kTilesPerThread * thread_count() || tiles.rows < kRowsWorthAPack;
 }
 
+// By how many numbers along k a product may be cut, and accumulated, without a change of its bits.
+template <class E>
+constexpr int64_t kSumDepth = std::is_same_v<E, FloatParts> ? kChainDepth : kKBlock * kUnit<E>;
+
 // Rows that are the left-hand side of several products: floats that are multiplied in parts are split once.
 struct SplitTile {
   const FloatParts* data;
@@ -156,11 +160,10 @@ class PackedWeight {
       return;
     }
     // by the blocks in which gemm takes its sums, so the result is the same
-    constexpr int64_t kBlock = kKBlock * kUnit<E>;
     Scratch scratch;
-    E* panels = scratch.take<E>(panel_size<E>(kKBlock, kColumnsAtOnce));
-    for (int64_t l = 0; l < k_; l += kBlock) {
-      const int64_t depth = minimum(kBlock, k_ - l);
+    E* panels = scratch.take<E>(panel_size<E>(units<E>(kSumDepth<E>), kColumnsAtOnce));
+    for (int64_t l = 0; l < k_; l += kSumDepth<E>) {
+      const int64_t depth = minimum(kSumDepth<E>, k_ - l);
       for (int64_t i = 0; i < columns; i += kColumnsAtOnce) {
         const int64_t width = minimum(kColumnsAtOnce, columns - i);
         pack_operand(dtype_, element(dtype_, data_, l * row_stride_ + (j + i) * col_stride_), row_stride_, col_stride_,

@@ -3,37 +3,41 @@
 // with everything in the cache:
 //     S = Q K^T,  dP = dO V^T,  P = exp(S - lse),  dS = P * (Z * dP - delta),
 //     dV += (P * Z)^T dO,  dK += dS^T Q,  dQ += dS K.
+// In parts (tile_parts.h) dV^T and dK^T are summed instead: splitting a transposed left-hand side is dear, and then it is
+// the narrow dO and Q, not the scores.
 //
 // Memory of a task: dQ of its group in float, and under 1 MiB besides (heads of up to 128). Common to all:
 // what attention_backward_plan.h says.
 #include "attention/attention_backward_plan.h"
+#include "common/cpu/transpose.h"
 
 namespace lwft::LWFT_ISA {
 namespace {
 
-// A tile of rows of q or grad_out, in the two forms the products read. With narrow heads of floats they are the same
-// memory.
+// Whether dK and dV of a block are summed as (padded D, kBlockKeys), and not as (keys, padded D).
+template <class E>
+constexpr bool kSumsTransposed = std::is_same_v<E, FloatParts>;
+
+// A tile of rows of q or grad_out, in the forms the products read.
 template <class E>
 struct PackedRows {
   using L = LeftOf<E>;
 
   L* left;    // (rows, operand_stride(D)): a left-hand side
-  E* panels;  // (rows, D): a right-hand side
+  E* panels;  // (rows, D): a right-hand side; with narrow heads of floats the same memory. Null where nothing reads it.
 
-  PackedRows(int64_t d, Scratch& scratch) {
-    left = scratch.take<L>(kScoreRows<E> * operand_stride<E>(d));
-    if constexpr (kPanelsAreRows<E>) {
-      if (d <= kPanelColumns<E>) {
-        panels = left;
-        return;
-      }
+  PackedRows(int64_t d, Scratch& scratch) : left(scratch.take<L>(kScoreRows<E> * operand_stride<E>(d))) {
+    if constexpr (kSumsTransposed<E>) {
+      panels = nullptr;
+    } else {
+      const bool same = !kIsPair<E> && d <= kPanelColumns<E>;
+      panels = same ? left : scratch.take<E>(panel_size<E>(units<E>(kScoreRows<E>), d));
     }
-    panels = scratch.take<E>(panel_size<E>(units<E>(kScoreRows<E>), d));
   }
-  void pack(int64_t count, int64_t d) {
+  const E* pack(int64_t count, int64_t d) {
     const DType dtype = kIsPair<E> ? DType::bf16 : dtype_of<SumOf<E>>();
-    if (static_cast<const void*>(panels) == left) return;
-    pack_operand(dtype, left, operand_stride<E>(d) * kUnit<E>, 1, count, d, panels);
+    if (panels != left) pack_operand(dtype, left, operand_stride<E>(d) * kUnit<E>, 1, count, d, panels);
+    return panels;
   }
 };
 
@@ -45,15 +49,16 @@ struct BackwardBuffers {
   // Per block.
   E *keys_transposed, *values_transposed;  // K^T, V^T: (D, keys) in panels
   E* keys;                                 // K: (keys, D) in panels
-  T *dk, *dv;                              // (keys, padded D)
+  T *dk, *dv;                              // (keys, padded D), or transposed: kSumsTransposed
   bool started;                            // whether they hold anything yet
   // Per tile.
   PackedRows<E> q, grad_out;
   T *scores, *dscores;    // (kScoreRows, kScoreStride): S;  dP, then Z * dP
   T *slope, *multiplier;  // (kGroupRows, kScoreStride): derivative of the softcap; Z
-  // P * Z and dS as they come into the products: of floats in place of S and dP. Of pairs also the transpose of either.
+  // P * Z and dS as they come into the products: of floats in place of S and dP. Packed: the transpose of either, as columns
+  // of pairs; in parts either as a right-hand side.
   LeftOf<E>*weights, *dweights;  // (kScoreRows, kScoreStride)
-  E* transposed;
+  E* packed;
 
   BackwardBuffers(int64_t d, Scratch& scratch) : q(d, scratch), grad_out(d, scratch) {
     keys_transposed = scratch.take<E>(panel_size<E>(units<E>(d), kBlockKeys));
@@ -68,11 +73,11 @@ struct BackwardBuffers {
     if constexpr (kIsPair<E>) {
       weights = scratch.take<E>(kScoreRows<E> * kScoreStride<E>);
       dweights = scratch.take<E>(kScoreRows<E> * kScoreStride<E>);
-      transposed = scratch.take<E>(panel_size<E>(units<E>(kScoreRows<E>), kBlockKeys));
+      packed = scratch.take<E>(panel_size<E>(units<E>(kScoreRows<E>), kBlockKeys));
     } else {
       weights = scores;
       dweights = dscores;
-      transposed = nullptr;
+      packed = kSumsTransposed<E> ? scratch.take<E>(panel_size<E>(kScoreRows<E>, kBlockKeys)) : nullptr;
     }
   }
 };
@@ -385,20 +390,25 @@ void score_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const 
   });
 }
 
-// to (width, padded D) (+)= scores^T B, scores (count, width) of row stride kScoreStride<E>, B (count, D) in panels.
+// The keys from `first` on of sums, dK or dV, (+)= scores^T R: scores (count, width) of row stride kScoreStride<E>, R (count, D).
 template <class E, class T = SumOf<E>>
-void add_transposed_product(int64_t width, int64_t d, int64_t count, const LeftOf<E>* scores, const E* b,
-                            BackwardBuffers<E>& buffers, T* to, Mode mode) {
+void add_transposed_product(int64_t first, int64_t width, int64_t d, int64_t count, const LeftOf<E>* scores,
+                            PackedRows<E>& rows, BackwardBuffers<E>& buffers, T* sums, Mode mode) {
   const int64_t d_padded = padded<T>(d);
-  if constexpr (kIsPair<E>) {
+  if constexpr (kSumsTransposed<E>) {
+    pack_operand(dtype_of<T>(), scores, kScoreStride<E>, 1, count, width, buffers.packed);
+    gemm(d, width, count, rows.left, 1, operand_stride<E>(d), buffers.packed, sums + first, kBlockKeys, mode);
+  } else if constexpr (kIsPair<E>) {
     const int64_t depth = units<E>(count);
-    pack_operand(DType::bf16, scores, 2 * kScoreStride<E>, 1, count, width, buffers.transposed);
+    const E* const b = rows.pack(count, d);
+    pack_operand(DType::bf16, scores, 2 * kScoreStride<E>, 1, count, width, buffers.packed);
     for (int64_t i = 0; i < width; i += kPanelColumns<E>) {
       const int64_t keys = minimum(kPanelColumns<E>, width - i);
-      gemm(keys, d, depth, buffers.transposed + i * depth, 1, padded<E>(keys), b, to + i * d_padded, d_padded, mode);
+      gemm(keys, d, depth, buffers.packed + i * depth, 1, padded<E>(keys), b, sums + (first + i) * d_padded, d_padded,
+           mode);
     }
   } else {
-    gemm(width, d, count, scores, 1, kScoreStride<E>, b, to, d_padded, mode);
+    gemm(width, d, count, scores, 1, kScoreStride<E>, rows.pack(count, d), sums + first * d_padded, d_padded, mode);
   }
 }
 
@@ -408,8 +418,9 @@ Mode start_key_gradients(int64_t keys, int64_t d_padded, bool all_keys, Backward
   if (buffers.started) return Mode::accumulate;
   buffers.started = true;
   if (all_keys) return Mode::overwrite;
-  fill(buffers.dk, 0, keys * d_padded, SumOf<E>{0});
-  fill(buffers.dv, 0, keys * d_padded, SumOf<E>{0});
+  const int64_t count = (kSumsTransposed<E> ? kBlockKeys : keys) * d_padded;
+  fill(buffers.dk, 0, count, SumOf<E>{0});
+  fill(buffers.dv, 0, count, SumOf<E>{0});
   return Mode::accumulate;
 }
 
@@ -428,14 +439,10 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
   score_gradients(plan, group, segment, chunk, block, tile, block.begin + first, width, buffers);
   const Mode mode = start_key_gradients(block.size(), d_padded, width == block.size(), buffers);
   if (dv_wanted) {
-    buffers.grad_out.pack(count, d);
-    add_transposed_product(width, d, count, buffers.weights, buffers.grad_out.panels, buffers,
-                           buffers.dv + first * d_padded, mode);
+    add_transposed_product(first, width, d, count, buffers.weights, buffers.grad_out, buffers, buffers.dv, mode);
   }
   if (dk_wanted) {
-    buffers.q.pack(count, d);
-    add_transposed_product(width, d, count, buffers.dweights, buffers.q.panels, buffers, buffers.dk + first * d_padded,
-                           mode);
+    add_transposed_product(first, width, d, count, buffers.dweights, buffers.q, buffers, buffers.dk, mode);
   }
   if (buffers.dq == nullptr) return;
   T* dq = buffers.dq + tile.begin * d_padded;
@@ -451,6 +458,18 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
 }
 
 // ---- a block, a group, everything ----
+
+// Sums of a block: (padded D, kBlockKeys) becomes (keys, padded D).
+template <class T>
+void turn(int64_t keys, int64_t d, int64_t d_padded, T* sums) {
+  Scratch scratch;
+  T* const from = scratch.take<T>(d * kBlockKeys);
+  __builtin_memcpy(from, sums, static_cast<size_t>(d * kBlockKeys) * sizeof(T));
+  for (int64_t j = 0; j < d; j += kLanes<T>) {
+    lwft::LWFT_ISA::pack_transposed(from + j * kBlockKeys, kBlockKeys, keys, minimum<int64_t>(kLanes<T>, d - j),
+                                    sums + j, d_padded);
+  }
+}
 
 // Rows of dk or dv, times `scale`, to where they belong.
 template <class T>
@@ -492,6 +511,10 @@ void block_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_
     tile_gradients(plan, group, segment, chunk, block, plan.tiles[t], dk_wanted, dv_wanted, buffers);
   }
   start_key_gradients(block.size(), plan.d_padded, false, buffers);  // where no row sees any
+  if constexpr (kSumsTransposed<E>) {
+    if (dk_wanted) turn(block.size(), plan.d, plan.d_padded, buffers.dk);
+    if (dv_wanted) turn(block.size(), plan.d, plan.d_padded, buffers.dv);
+  }
   if (dk_wanted) {
     store_key_gradient(plan, group, prefix, block, buffers.dk, scores_scale<E>(group), p.dk, p.dprefix_k,
                        plan.dprefix_k);

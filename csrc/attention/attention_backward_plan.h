@@ -15,7 +15,7 @@
 namespace lwft::LWFT_ISA {
 namespace {
 
-constexpr int64_t kBlockKeys = 128;
+constexpr int64_t kBlockKeys = 256;
 constexpr int64_t kEnoughTasks = 8;
 constexpr int64_t kChunkBytes = int64_t{64} << 20;
 // Up to so many rows per key head, a task takes several heads, whose dQ together are at most so large.

@@ -98,19 +98,27 @@ constexpr decltype(Probes::gemm_pairs) multiply_pairs = nullptr;
 #endif
 
 #if defined(__AMX_BF16__)
-void multiply_parts(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, ProbeMatrix b,
-                    float* c, int64_t ldc, bool accumulate, bool split) {
+int64_t size_of_parts(int64_t k, int64_t n) { return panel_size<FloatParts>(k, n); }
+
+void pack_parts(ProbeMatrix b, int64_t k, int64_t n, void* panels) {
+  pack_part_panels(b.dtype, b.data, b.row_stride, b.col_stride, k, n, static_cast<FloatParts*>(panels));
+}
+
+void multiply_parts(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const void* panels,
+                    int64_t first, int64_t packed, float* c, int64_t ldc, bool accumulate, bool split) {
+  const auto* const b = static_cast<const FloatParts*>(panels);
+  if (!split) return gemm_with_rows(m, n, k, a, a_row, a_col, b, first, packed, c, ldc, mode_of(accumulate));
   Scratch scratch;
-  FloatParts* const panels = scratch.take<FloatParts>(panel_size<FloatParts>(k, n));
-  pack_part_panels(b.dtype, b.data, b.row_stride, b.col_stride, k, n, panels);
-  if (!split) return gemm(m, n, k, a, a_row, a_col, panels, c, ldc, mode_of(accumulate));
   FloatParts* const left = scratch.take<FloatParts>(split_size(m, k));
   constexpr int64_t kAtOnce = 2 * kPartRows;
-  for (int64_t l = 0; l < k; l += kAtOnce)
+  for (int64_t l = 0; l < k; l += kAtOnce) {
     split_left(m, minimum(kAtOnce, k - l), a + l * a_col, a_row, a_col, left, l, k);
-  gemm_split(m, n, k, left, 0, k, panels, c, ldc, mode_of(accumulate));
+  }
+  gemm_split(m, n, k, left, 0, k, b, c, ldc, mode_of(accumulate));
 }
 #else
+constexpr decltype(Probes::part_panels) size_of_parts = nullptr;
+constexpr decltype(Probes::pack_part_panels) pack_parts = nullptr;
 constexpr decltype(Probes::gemm_parts) multiply_parts = nullptr;
 #endif
 
@@ -186,9 +194,9 @@ double peak_flops(DType type, double seconds) {
 }  // namespace
 
 extern const Probes probes;
-const Probes probes = {
-    lanes,      unary,          sum_and_max,    convert, padded_columns, pack,        multiply, kMultipliesBFloat16,
-    pack_pairs, multiply_pairs, multiply_parts, dot,     combine,        multipliers, drop,     run_numbered_tasks,
-    peak_flops};
+const Probes probes = {lanes,         unary,      sum_and_max,         convert,    padded_columns,
+                       pack,          multiply,   kMultipliesBFloat16, pack_pairs, multiply_pairs,
+                       size_of_parts, pack_parts, multiply_parts,      dot,        combine,
+                       multipliers,   drop,       run_numbered_tasks,  peak_flops};
 
 }  // namespace lwft::LWFT_ISA

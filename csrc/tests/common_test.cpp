@@ -73,6 +73,36 @@ void test_products(const lwft::Probes& probes, const char* isa) {
   }
 }
 
+// Whole numbers stay exact in parts too.
+void test_parts(const lwft::Probes& probes, const char* isa) {
+  if (probes.gemm_parts == nullptr) return;
+  for (const int64_t m : {0, 1, 15, 16, 17, 33, 50}) {
+    for (const int64_t n : {0, 1, 16, 33, 64, 100}) {
+      for (const int64_t k : {0, 1, 16, 31, 67, 300}) {
+        for (const bool transposed : {false, true}) {
+          const std::vector<float> a = whole_numbers<float>(m * k, 1), b = whole_numbers<float>(k * n, 2);
+          const int64_t a_row = transposed ? 1 : k, a_col = transposed ? m : 1;
+          const int64_t b_row = transposed ? 1 : n, b_col = transposed ? k : 1;
+          const int64_t ldc = probes.padded(lwft::DType::f32, n);
+          std::vector<float> panels(static_cast<size_t>(probes.part_panels(k, n)));
+          std::vector<float> c(static_cast<size_t>(m * ldc), 3.0f);
+          probes.pack_part_panels({lwft::DType::f32, b.data(), b_row, b_col}, k, n, panels.data());
+          probes.gemm_parts(m, n, k, a.data(), a_row, a_col, panels.data(), 0, k, c.data(), ldc, transposed);
+          bool same = true;
+          for (int64_t i = 0; i < m; ++i) {
+            for (int64_t j = 0; j < n; ++j) {
+              float expected = transposed ? 3.0f : 0.0f;
+              for (int64_t l = 0; l < k; ++l) expected += a[i * a_row + l * a_col] * b[l * b_row + j * b_col];
+              same = same && c[i * ldc + j] == expected;
+            }
+          }
+          check(same, isa, "products in parts", m, n, k);
+        }
+      }
+    }
+  }
+}
+
 void test_conversions(const lwft::Probes& probes, const char* isa) {
   using lwft::DType;
   for (const DType middle : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
@@ -182,6 +212,7 @@ int main() {
     const lwft::Probes& probes = *lwft::find_probes(isa);
     test_products<float>(probes, isa);
     test_products<double>(probes, isa);
+    test_parts(probes, isa);
     test_conversions(probes, isa);
     test_rows<float>(probes, isa);
     test_rows<double>(probes, isa);

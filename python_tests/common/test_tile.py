@@ -126,12 +126,98 @@ def test_a_long_sum_is_accurate(level: str) -> None:
     a, b = np.abs(a), np.abs(b)  # no cancellation: the error of one long chain would grow with k
     exact = a.astype(np.float64) @ b.astype(np.float64)
     numpy_error = np.linalg.norm(a @ b - exact)
+    products = [lwft_harness.gemm]
+    if lwft_harness.splits_float(level):
+        products.append(lwft_harness.gemm_parts)
     for actual in (
-        lwft_harness.gemm(level, a, b)[:, :70],
+        *(product(level, a, b)[:, :70] for product in products),
         lwft_harness.dot_rows(level, a, np.ascontiguousarray(b.T)),
         lwft_harness.combine_rows(level, a, b),
     ):
         assert np.linalg.norm(actual - exact) <= 2 * numpy_error + 2e-7 * np.linalg.norm(exact)
+
+
+SPLITTING = [level for level in LEVELS if lwft_harness.splits_float(level)]
+
+
+@pytest.mark.parametrize("level", SPLITTING)
+def test_gemm_of_floats_in_parts(level: str) -> None:
+    layouts = itertools.cycle(itertools.product(["rows", "columns", "none"], ["columns", "rows", "none"]))
+    for m, n, k in SIZES:
+        a_layout, b_layout = next(layouts)
+        a, b = random_matrix(m, k, np.float32, a_layout), random_matrix(k, n, np.float32, b_layout)
+        for given in (b, to_bfloat16(b), b.astype(np.float16, order="K")):
+            out = lwft_harness.gemm_parts(level, a, given, margin=MARGIN)
+            assert_close(out[:, :n], a, given)
+            assert np.all(out[:, n:-MARGIN] == 0), "padding"
+            assert np.all(np.isnan(out[:, -MARGIN:])), "written past the padding"
+            before = random_matrix(m, out.shape[1], np.float32)
+            after = lwft_harness.gemm_parts(level, a, given, c=before, margin=MARGIN)
+            assert_close(after[:, :n], a, given, before[:, :n])
+            np.testing.assert_array_equal(after[:, n:], before[:, n:])
+
+
+@pytest.mark.parametrize("level", SPLITTING)
+def test_a_left_hand_side_that_is_split_beforehand(level: str) -> None:
+    layouts = itertools.cycle(["rows", "columns"])
+    for m, n, k in SIZES:
+        a, b = random_matrix(m, k, np.float32, next(layouts)), random_matrix(k, n, np.float32)
+        expected = lwft_harness.gemm_parts(level, a, b, margin=MARGIN)
+        before = random_matrix(m, expected.shape[1], np.float32)
+        for c in (None, before):
+            expected, actual = (
+                lwft_harness.gemm_parts(level, a, b, c=c, margin=MARGIN, split=split) for split in (False, True)
+            )
+            np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("level", SPLITTING)
+def test_a_sum_in_pieces_has_the_bits_of_the_whole(level: str) -> None:
+    """Cut at multiples of 512 (kChainDepth)."""
+    a, b = random_matrix(50, 1300, np.float32), random_matrix(1300, 70, np.float32)
+    pieces = None
+    for k in range(0, 1300, 512):
+        pieces = lwft_harness.gemm_parts(level, a[:, k : k + 512], b[k : k + 512], c=pieces)
+    np.testing.assert_array_equal(pieces, lwft_harness.gemm_parts(level, a, b))
+
+
+@pytest.mark.parametrize("level", SPLITTING)
+def test_some_rows_of_what_is_packed(level: str) -> None:
+    b = random_matrix(300, 150, np.float32)
+    for first, k in [(0, 300), (0, 65), (32, 32), (64, 100), (256, 44), (288, 1)]:
+        a = random_matrix(50, k, np.float32)
+        assert_close(lwft_harness.gemm_parts(level, a, b, first=first)[:, :150], a, b[first : first + k])
+
+
+@pytest.mark.parametrize("level", SPLITTING)
+def test_parts_are_as_accurate_as_floats(level: str) -> None:
+    """Against gemm of the vectors, whose sums are rounded at every step: no worse, whatever the size of the numbers."""
+    random = np.random.default_rng(0)
+    for m, n, k in [(64, 64, 64), (33, 100, 700), (64, 48, 4096)]:
+        for spread in (0, 20, 60):  # factors up to 2^spread between rows, between columns and along k
+            exponents = [random.integers(-spread, spread + 1, size) for size in (m, k, n)]
+            a, b = random_matrix(m, k, np.float32), random_matrix(k, n, np.float32)
+            a = np.ldexp(a, exponents[0][:, None] // 2 + exponents[1][None, :] // 2).astype(np.float32)
+            b = np.ldexp(b, exponents[2][None, :] // 2 - exponents[1][:, None] // 2).astype(np.float32)
+            size = np.abs(a).astype(np.float64) @ np.abs(b).astype(np.float64)
+            exact = a.astype(np.float64) @ b.astype(np.float64)
+            errors = [
+                np.sqrt(np.mean(((gemm(level, a, b)[:, :n] - exact) / size) ** 2))
+                for gemm in (lwft_harness.gemm_parts, lwft_harness.gemm)
+            ]
+            assert errors[0] <= errors[1], (m, n, k, spread)
+
+
+@pytest.mark.parametrize("level", SPLITTING)
+def test_what_is_not_finite_shows_in_parts(level: str) -> None:
+    a, b = random_matrix(40, 70, np.float32), random_matrix(70, 80, np.float32)
+    for value in (np.inf, -np.inf, np.nan):
+        for row, column in [(0, 0), (17, 33), (39, 69)]:
+            spoilt = a.copy()
+            spoilt[row, column] = value
+            finite = np.isfinite(lwft_harness.gemm_parts(level, spoilt, b)[:, :80])
+            assert not finite[row].any()
+            assert finite[np.arange(40) != row].all()
 
 
 def even_rows(x: np.ndarray) -> np.ndarray:
@@ -176,25 +262,3 @@ def test_gemm_of_bfloat16(level: str) -> None:
             before = random_matrix(m, out.shape[1], np.float32)
             after = lwft_harness.gemm_bfloat16(level, a, b, c=before, margin=MARGIN, pack_a=pack_a)
             assert_close(after[:, :n], exact, b, before[:, :n])
-
-
-@pytest.mark.parametrize("level", [level for level in LEVELS if lwft_harness.splits_float(level)])
-@pytest.mark.parametrize("split", [False, True])
-def test_gemm_of_floats_in_parts(level: str, split: bool) -> None:
-    """As accurate as float32; the same bits whether the left-hand side is split beforehand or on the way."""
-    layouts = itertools.cycle(itertools.product(["rows", "columns"], ["columns", "rows", "none"]))
-    for m, n, k in SIZES:
-        a_layout, b_layout = next(layouts)
-        a, b = random_matrix(m, k, np.float32, a_layout), random_matrix(k, n, np.float32, b_layout)
-        for b_typed in (b, to_bfloat16(b), b.astype(np.float16, order="K")):
-            out = lwft_harness.gemm_parts(level, a, b_typed, margin=MARGIN, split=split)
-            assert_close(out[:, :n], a, b_typed)
-            assert np.all(out[:, n:-MARGIN] == 0), "padding"
-            assert np.all(np.isnan(out[:, -MARGIN:])), "written past the padding"
-            before = random_matrix(m, out.shape[1], np.float32)
-            after = lwft_harness.gemm_parts(level, a, b_typed, c=before, margin=MARGIN, split=split)
-            assert_close(after[:, :n], a, b_typed, before[:, :n])
-            np.testing.assert_array_equal(after[:, -MARGIN:], before[:, -MARGIN:])
-        np.testing.assert_array_equal(
-            lwft_harness.gemm_parts(level, a, b, split=split), lwft_harness.gemm_parts(level, a, b, split=not split)
-        )

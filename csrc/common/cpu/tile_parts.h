@@ -7,7 +7,8 @@
 //
 // which leaves an error like that of one rounding to float32 (Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial
 // Intelligence Datatype For Higher-Precision Computations", ARITH 2019, section III). The instruction adds 32 products at once
-// to a sum, so sums are rounded less often than in gemm<float>: measured errors are a half of those of one chain of float32.
+// to a sum, so sums are rounded less often than in gemm<float>, whose errors are twice as large (numbers of either sign, k from
+// 64 to 11008; python_tests/common/test_tile.py).
 // Six products at 3.5 TFLOP/s are 580 GFLOP/s of float32, on a core whose vectors do 200.
 //
 // What is otherwise than in float32: numbers below 2^-110 lose their last bits, for the instruction reads numbers below 2^-126
@@ -134,20 +135,25 @@ inline void pack_parts(const Storage* source, int64_t row_stride, int64_t col_st
   }
 }
 
+// What becomes of a product: C itself; the end of the chain of sums that is C; or a sum of its own, which is added to C.
+enum class Into { fresh, chain, sum };
+static_assert(kChainDepth % kSplitDepth == 0);
+
 // The products of parts in the order in which fewest tiles are read.
 constexpr int kProducts = 6, kPartOfA[] = {0, 0, 1, 1, 2, 0}, kPartOfB[] = {2, 1, 1, 0, 0, 0};
 
-// A block of C, Rows x Columns tiles, (+)= A B over `groups` groups; the tiles of A's rows are next_rows apart.
+// A block of C, Rows x Columns tiles and of these `rows` rows, from A and B over `groups` groups; the tiles of A's rows are
+// next_rows apart.
 template <int Rows, int Columns>
-[[gnu::noinline]] void part_block(int64_t groups, const FloatParts* a, int64_t next_rows, const FloatParts* b,
-                                  int64_t width, float* c, int64_t ldc, Mode mode) {
+[[gnu::noinline]] void part_block(int64_t rows, int64_t groups, const FloatParts* a, int64_t next_rows,
+                                  const FloatParts* b, int64_t width, float* c, int64_t ldc, Into into) {
   static_assert(Rows * Columns <= 4 && Rows <= 2);
   constexpr std::make_integer_sequence<int, Rows> kRows{};
   constexpr std::make_integer_sequence<int, Columns> kColumns{};
   const int64_t c_bytes = ldc * 4, a_bytes = kTileSide * 4, b_bytes = width * 4;
   unroll(kRows, [&](auto i) {
     unroll(kColumns, [&](auto j) {
-      if (mode == Mode::accumulate) {
+      if (into == Into::chain) {
         load_tile<i * Columns + j>(c + i * kTileSide * ldc + j * kTileSide, c_bytes);
       } else {
         clear_tile<i * Columns + j>();
@@ -155,30 +161,45 @@ template <int Rows, int Columns>
     });
   });
   // One pointer for each row of A's tiles and each part of B's, or the compiler keeps thirty addresses.
-  const FloatParts* rows_of_a[] = {a, a + next_rows};
-  const FloatParts* parts_of_b[] = {b, b + kTileSide * width, b + 2 * kTileSide * width};
+  const FloatParts *a0 = a, *a1 = a + next_rows, *b0 = b, *b1 = b0 + kTileSide * width, *b2 = b1 + kTileSide * width;
   constexpr int kTileBytes = kTileWords * 4, kRowBytes = kTileSide * 4;
   for (int64_t group = 0; group < groups; ++group) {
     unroll(std::make_integer_sequence<int, kProducts>{}, [&](auto product) {
       constexpr int kA = kPartOfA[product], kB = kPartOfB[product], kLast = product > 0 ? product - 1 : 0;
       constexpr bool kNewA = product == 0 || kPartOfA[kLast] != kA, kNewB = product == 0 || kPartOfB[kLast] != kB;
+      const FloatParts* const part_of_b = kB == 0 ? b0 : kB == 1 ? b1 : b2;
       if constexpr (Columns <= 2 && kNewB) {
-        unroll(kColumns, [&](auto j) { load_tile<6 + j, j * kRowBytes>(parts_of_b[kB], b_bytes); });
+        unroll(kColumns, [&](auto j) { load_tile<6 + j, j * kRowBytes>(part_of_b, b_bytes); });
       }
       unroll(kRows, [&](auto i) {
-        if constexpr (kNewA) load_tile<4 + i, kA * kTileBytes>(rows_of_a[i], a_bytes);
+        if constexpr (kNewA) load_tile<4 + i, kA * kTileBytes>(i == 0 ? a0 : a1, a_bytes);
         unroll(kColumns, [&](auto j) {
-          if constexpr (Columns > 2) load_tile<6 + j % 2, j * kRowBytes>(parts_of_b[kB], b_bytes);
+          if constexpr (Columns > 2) load_tile<6 + j % 2, j * kRowBytes>(part_of_b, b_bytes);
           multiply_tiles<i * Columns + j, 4 + i, 6 + j % 2>();
         });
       });
     });
-    for (auto& row : rows_of_a) row += kParts * kTileWords;
-    for (auto& part : parts_of_b) part += kParts * kTileSide * width;
+    a0 += kParts * kTileWords;
+    a1 += kParts * kTileWords;
+    b0 += kParts * kTileSide * width;
+    b1 += kParts * kTileSide * width;
+    b2 += kParts * kTileSide * width;
   }
-  unroll(kRows, [&](auto i) {
-    unroll(kColumns, [&](auto j) { store_tile<i * Columns + j>(c + i * kTileSide * ldc + j * kTileSide, c_bytes); });
-  });
+  const auto store_block = [&](float* to, int64_t stride) {
+    unroll(kRows, [&](auto i) {
+      unroll(kColumns,
+             [&](auto j) { store_tile<i * Columns + j>(to + i * kTileSide * stride + j * kTileSide, stride * 4); });
+    });
+  };
+  if (into != Into::sum) return store_block(c, ldc);
+  constexpr int64_t kWidth = Columns * kTileSide;
+  alignas(64) float sums[Rows * kTileSide * kWidth];
+  store_block(sums, kWidth);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < kWidth; j += kTileSide) {
+      store(c + i * ldc + j, load(c + i * ldc + j) + load(sums + i * kWidth + j));
+    }
+  }
 }
 
 // Where the tiles of some rows of A are: those of the next kTileSide rows next_rows on.
@@ -187,18 +208,19 @@ struct SplitRows {
   int64_t next_rows;
 };
 
-// row_tiles (1 or 2) tiles of rows times a panel, in the shapes that are set.
-void part_panel(int64_t row_tiles, int64_t groups, SplitRows a, const FloatParts* panel, int64_t width, float* c,
-                int64_t ldc, Mode mode) {
+// `rows` rows, of one or two tiles, times a panel, in the shapes that are set.
+void part_panel(int64_t rows, int64_t groups, SplitRows a, const FloatParts* panel, int64_t width, float* c,
+                int64_t ldc, Into into) {
   const int64_t column_tiles = width / kTileSide;
-  const auto block = [&](auto rows, auto columns, int64_t j) {
-    part_block<rows, columns>(groups, a.data, a.next_rows, panel + j * kTileSide, width, c + j * kTileSide, ldc, mode);
+  const auto block = [&](auto row_tiles, auto columns, int64_t j) {
+    part_block<row_tiles, columns>(rows, groups, a.data, a.next_rows, panel + j * kTileSide, width, c + j * kTileSide,
+                                   ldc, into);
   };
   constexpr std::integral_constant<int, 1> kOne{};
   constexpr std::integral_constant<int, 2> kTwo{};
   constexpr std::integral_constant<int, 3> kThree{};
   constexpr std::integral_constant<int, 4> kFour{};
-  if (row_tiles == 2) {
+  if (rows > kTileSide) {
     int64_t j = 0;
     for (; j + 2 <= column_tiles; j += 2) block(kTwo, kTwo, j);
     if (j < column_tiles) block(kTwo, kOne, j);
@@ -219,18 +241,19 @@ inline void add_products(int64_t m, int64_t n, int64_t k, const RowsOf& rows_of,
                          int64_t first, int64_t packed, float* c, int64_t ldc, Mode mode) {
   for (int64_t l = 0; l < k; l += kSplitDepth) {
     const int64_t depth = minimum(kSplitDepth, k - l), groups = ceil_div(depth, kPartRows);
+    const Into into = mode == Mode::accumulate || l >= kChainDepth ? Into::sum : l > 0 ? Into::chain : Into::fresh;
     for (int64_t i = 0; i < m; i += kSplitRows) {
-      const int64_t rows = minimum(kSplitRows, m - i), whole = rows / kTileSide;
+      const int64_t rows = minimum(kSplitRows, m - i), whole = rows / kTileSide * kTileSide;
       const SplitRows a = rows_of(i, l, rows, depth);
       for (const bool rest : {false, true}) {
-        const int64_t row_tiles = rest ? rows % kTileSide > 0 : whole, skipped = rest ? whole : 0;
-        if (row_tiles == 0) continue;
-        set_tile_shapes(rest ? rows % kTileSide : kTileSide, kTileSide);
+        const int64_t r = rest ? whole : 0, count = rest ? rows - whole : whole;
+        if (count == 0) continue;
+        set_tile_shapes(minimum(kTileSide, count), kTileSide);
         for (int64_t j = 0; j < n; j += kPanelColumns<FloatParts>) {
           const int64_t width = minimum(kPanelColumns<FloatParts>, padded<FloatParts>(n - j));
-          part_panel(row_tiles, groups, {a.data + skipped * a.next_rows, a.next_rows},
+          part_panel(count, groups, {a.data + r / kTileSide * a.next_rows, a.next_rows},
                      panels + j * panel_depth<FloatParts>(packed) + panel_depth<FloatParts>(first + l) * width, width,
-                     c + (i + skipped * kTileSide) * ldc + j, ldc, l > 0 ? Mode::accumulate : mode);
+                     c + (i + r) * ldc + j, ldc, into);
         }
       }
     }
