@@ -152,6 +152,7 @@ def register(
         register_triton(name, triton)
     forward_by_triton = _triton_kernels[f"{op}_forward"]
     forward_op = getattr(torch.ops.lwft, f"{op}_forward").default
+    inference_op = getattr(torch.ops.lwft, f"{op}_inference", None)  # of the library, for the CPU
     alone = len(forward_op._schema.returns) == 1  # nothing is kept for backward: the result is no tuple
 
     def shapes(*args: Any) -> Any:
@@ -178,6 +179,8 @@ def register(
             ctx.mark_non_differentiable(*output[differentiable_outputs:])
         setup(ctx, inputs, output)
 
+    if inference_op is not None:
+        torch.library.register_fake(f"lwft::{op}_inference", lambda *args: results(shapes(*args)))
     torch.library.register_autograd(f"lwft::{op}_forward", backward, setup_context=setup_traced)
     torch.library.register_autograd(f"lwft::{op}_backward", _no_double_backward(op))
 
@@ -218,17 +221,20 @@ def register(
             )
         return apply(*args) if torch.is_grad_enabled() else results(below_autograd(*args))
 
+    def infer_by_forward(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return results(forward_op(*args))
+
+    # without the Python of an OpOverload's own __call__
+    infer = infer_by_forward if inference_op is None else inference_op.default._op
+
     def attempt(*args: Any) -> Any:
         # Looking at every argument costs more than a small call. So the op is called first: it refuses what does not go
         # together before it computes anything, and the caller, given None, looks for what it is.
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return None
         try:
-            if torch.is_grad_enabled():
-                result = apply(*args)
-            else:
-                with torch._C._AutoDispatchBelowAutograd():
-                    result = results(forward_op(*args))
+            result = apply(*args) if torch.is_grad_enabled() else infer(*args)
         except (RuntimeError, TypeError, AttributeError):
             return None
         backend.fast_calls[op] += 1

@@ -32,7 +32,8 @@ struct AdapterForward {
   int64_t residual_row_stride;
   void* out;     // (tokens, model_dim) contiguous
   void* hidden;  // (tokens, bottleneck) contiguous: down(...) + bias before the activation, kept for backward
-  void* mean;    // (tokens) of accumulate_dtype(dtype); written when norm_weight is given
+  void* mean;    // (tokens) of accumulate_dtype(dtype); written when norm_weight is given (all three null where no
+                 // backward follows, on the CPU)
   void* rstd;    // (tokens) likewise
 };
 

@@ -15,6 +15,7 @@
 #include "adapter/adapter_backward.h"
 
 #include "adapter/adapter_tile.h"
+#include "common/cpu/few_tokens.h"
 
 namespace lwft::LWFT_ISA {
 namespace {
@@ -52,6 +53,9 @@ class Backward {
         streams_(p.dx != nullptr && may_stream<T>(p.dtype, p.dx, p.tokens, d_)) {}
 
   void run() {
+    if constexpr (kPanelsAreRows<E>) {
+      if (few_ && !normed_ && p_.tokens > 0) return run_few();
+    }
     const int64_t chunks = ceil_div(p_.tokens, kChunkTokens);
     const int64_t chunk_tokens = chunks > 1 ? round_up(ceil_div(p_.tokens, chunks), kTokenBlock) : p_.tokens;
     tiles_ = token_tiles<E>(chunk_tokens, d_);
@@ -84,6 +88,62 @@ class Backward {
   }
 
  private:
+  // ---- a few tokens, no LayerNorm: the weights and their gradients are all the memory there is ----
+
+  // Rows of Wu, or columns of Wd, for one task: about as many elements as make up for waking a thread.
+  int64_t few_columns() const {
+    constexpr int64_t kTaskElements = 64 * 1024, kMultiple = kCombineColumns<T>, kMost = 1024;
+    return minimum(kMost, round_up(ceil_div(kTaskElements, m_), kMultiple));
+  }
+
+  void run_few() {
+    const int64_t tokens = p_.tokens, width = few_columns(), tasks = ceil_div(d_, width);
+    const int64_t size = tokens * row_stride_;
+    const Tile<T> g = gradient_rows(0, tokens, scratch_);
+    T* const h = scratch_.take<T>(up_wanted_ ? size : 0);
+    T* const slopes = scratch_.take<T>(size);  // with the scale
+    for (int64_t i = 0; i < size; ++i) slopes[i] = T{1};
+    activation_rows(0, tokens, h, slopes);
+    for (int64_t i = 0; up_wanted_ && i < size; ++i) h[i] *= static_cast<T>(p_.scale);
+    // The products of every task, to be added in the order of the tasks, whoever has done them.
+    T* const dz = scratch_.take<T>(dz_wanted_ ? tasks * size : 0);
+    parallel_for(tasks, [&](int64_t task) {
+      const int64_t j = task * width, n = minimum(width, d_ - j);
+      const Tile<T> columns{g.data + j, g.row_stride};
+      if (dz_wanted_) {
+        combine_rows(tokens, m_, n, columns.data, columns.row_stride, p_.param_dtype,
+                     element(p_.param_dtype, p_.up_weight, j * m_), m_, dz + task * size, row_stride_, Mode::overwrite);
+      }
+      if (p_.dup_weight != nullptr) {
+        tall_gradient<T>(tokens, n, m_, columns, {h, row_stride_}, p_.param_dtype, p_.dup_weight, j * m_);
+      }
+      if (p_.dup_bias != nullptr) {
+        bias_gradient(tokens, n, columns, static_cast<T>(p_.scale), p_.param_dtype, p_.dup_bias, j);
+      }
+    });
+    if (!dz_wanted_) return;
+    for (int64_t i = 0; i < tokens; ++i) {
+      T* const row = dz + i * row_stride_;
+      for_columns<T>(m_, [&](auto at, int) LWFT_INLINE {
+        Vec<T> sum = load_at<T>(row, at);
+        for (int64_t task = 1; task < tasks; ++task) sum += load_at<T>(row + task * size, at);
+        store_at<T>(row, at, sum * load_at<T>(slopes + i * row_stride_, at));
+      });
+    }
+    if (p_.ddown_bias != nullptr) {
+      bias_gradient<T>(tokens, m_, {dz, row_stride_}, T{1}, p_.param_dtype, p_.ddown_bias, 0);
+    }
+    if (p_.dx == nullptr && p_.ddown_weight == nullptr) return;
+    parallel_for(tasks, [&](int64_t task) {
+      const int64_t j = task * width, n = minimum(width, d_ - j);
+      if (p_.ddown_weight != nullptr) {
+        wide_gradient<T>(tokens, m_, n, {dz, row_stride_}, p_.dtype, element(p_.dtype, p_.x, j), p_.x_row_stride,
+                         p_.param_dtype, p_.ddown_weight, j, d_);
+      }
+      if (p_.dx != nullptr) input_gradient_columns(0, tokens, Tile<T>{dz, row_stride_}, j, j + n);
+    });
+  }
+
   // ---- first pass: tiles of tokens ----
 
   void token_pass() {
@@ -116,7 +176,7 @@ class Backward {
     if (normed_) {
       input_gradient_with_norm(begin, rows, operand);
     } else {
-      input_gradient(begin, rows, operand);
+      input_gradient_columns(begin, rows, operand, 0, d_);
     }
     if (streams_) finish_streaming();
   }
@@ -242,24 +302,16 @@ class Backward {
 
   // dx = dZ Wd (+ grad_out), a block of columns at a time.
   template <class Left>
-  void input_gradient(int64_t begin, int64_t rows, const Left& dz) const {
-    const auto blocks = [&](int64_t from, int64_t to) {
-      Scratch scratch;
-      T* block = scratch.take<T>(rows * kBlockColumns);
-      for (int64_t j = from; j < to; j += kBlockColumns) {
-        const int64_t columns = minimum(kBlockColumns, to - j);
-        times_down_weight(dz, rows, j, columns, block, kBlockColumns);
-        for (int64_t i = 0; i < rows; ++i) {
-          const T* row = block + i * kBlockColumns;
-          store_input_gradient(chunk_ + begin + i, j, columns,
-                               [&](auto at) LWFT_INLINE { return load_at<T>(row, at); });
-        }
+  void input_gradient_columns(int64_t begin, int64_t rows, const Left& dz, int64_t from, int64_t to) const {
+    Scratch scratch;
+    T* block = scratch.take<T>(rows * kBlockColumns);
+    for (int64_t j = from; j < to; j += kBlockColumns) {
+      const int64_t columns = minimum(kBlockColumns, to - j);
+      times_down_weight(dz, rows, j, columns, block, kBlockColumns);
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* row = block + i * kBlockColumns;
+        store_input_gradient(chunk_ + begin + i, j, columns, [&](auto at) LWFT_INLINE { return load_at<T>(row, at); });
       }
-    };
-    if (few_) {
-      for_column_slices(rows, d_, m_, kBlockColumns, blocks);
-    } else {
-      blocks(0, d_);
     }
   }
 

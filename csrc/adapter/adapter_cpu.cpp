@@ -212,24 +212,27 @@ class Forward {
       total.part[k] += value;
     });
     const T mean = total.total() / static_cast<T>(d_), rstd = inverse_deviation(row, d_, mean, p_.eps);
-    static_cast<T*>(p_.mean)[token] = mean;
-    static_cast<T*>(p_.rstd)[token] = rstd;
+    if (p_.mean != nullptr) {
+      static_cast<T*>(p_.mean)[token] = mean;
+      static_cast<T*>(p_.rstd)[token] = rstd;
+    }
     for_columns<T>(d_, [&](auto at, int) LWFT_INLINE {
       const Vec<T> normalised = (load_at<T>(row, at) - mean) * rstd;
       store_at<T>(to, at, fma(normalised, load_at<T>(norm_weight_, at), load_at<T>(norm_bias_, at)));
     });
   }
 
-  // z += bd, kept for backward; h = act(z).
+  // z += bd, kept for a backward that follows; h = act(z).
   void bottleneck_rows(int64_t begin, int64_t rows, T* z, int64_t z_stride, L* h, int64_t h_stride) const {
     visit_storage(p_.param_dtype, [&](auto storage) {
-      auto* hidden = static_cast<decltype(storage)*>(p_.hidden) + begin * m_;
+      const bool keeps = p_.hidden != nullptr;
+      auto* hidden = keeps ? static_cast<decltype(storage)*>(p_.hidden) + begin * m_ : nullptr;
       for (int64_t i = 0; i < rows; ++i) {
         T* row = z + i * z_stride;
         for_columns<T>(m_, [&](auto at, int) LWFT_INLINE {
           const Vec<T> value = load_at<T>(row, at) + load_at<T>(down_bias_, at);
           store_at<T>(row, at, value);
-          store_at<T>(hidden + i * m_, at, value);
+          if (keeps) store_at<T>(hidden + i * m_, at, value);
         });
       }
     });

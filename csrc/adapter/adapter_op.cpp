@@ -28,14 +28,16 @@ void check(const Tensor& x, const Tensor& down_weight, const MaybeTensor& down_b
 }
 
 struct ForwardResult {
-  Tensor out, hidden, mean, rstd;
+  Tensor out;
+  MaybeTensor hidden, mean, rstd;
 };
 
-// Everything of AdapterForward but the dropout, whose seed may lie on the device, and the results it points to.
+// Everything of AdapterForward but the dropout, whose seed may lie on the device, and the results it points to: beside out
+// those that backward needs, where it `keeps` them.
 ForwardResult fill_forward(AdapterForward& p, const Rows& x, const Tensor& down_weight, const MaybeTensor& down_bias,
                            const Tensor& up_weight, const MaybeTensor& up_bias, const MaybeTensor& norm_weight,
                            const MaybeTensor& norm_bias, const std::optional<Rows>& residual, int64_t activation,
-                           double eps, double scale, bool residual_is_x) {
+                           double eps, double scale, bool residual_is_x, bool keeps) {
   p.tokens = x.count();
   p.model_dim = x.width();
   p.bottleneck = down_weight.size(0);
@@ -57,13 +59,16 @@ ForwardResult fill_forward(AdapterForward& p, const Rows& x, const Tensor& down_
 
   const DType statistics = accumulate_dtype(p.dtype);
   const Tensor& like = x.tensor();
-  const std::vector<int64_t> normed = norm_weight ? leading_shape(like) : std::vector<int64_t>{0};
-  ForwardResult result{empty(like, shape_of(like), p.dtype), empty(like, shape_of(like, p.bottleneck), p.param_dtype),
-                       empty(like, normed, statistics), empty(like, normed, statistics)};
+  ForwardResult result{empty(like, shape_of(like), p.dtype), {}, {}, {}};
   p.out = result.out.mutable_data_ptr();
-  p.hidden = result.hidden.mutable_data_ptr();
-  p.mean = norm_weight ? result.mean.mutable_data_ptr() : nullptr;
-  p.rstd = norm_weight ? result.rstd.mutable_data_ptr() : nullptr;
+  if (!keeps) return result;
+  const std::vector<int64_t> normed = norm_weight ? leading_shape(like) : std::vector<int64_t>{0};
+  result.hidden = empty(like, shape_of(like, p.bottleneck), p.param_dtype);
+  result.mean = empty(like, normed, statistics);
+  result.rstd = empty(like, normed, statistics);
+  p.hidden = result.hidden->mutable_data_ptr();
+  p.mean = norm_weight ? result.mean->mutable_data_ptr() : nullptr;
+  p.rstd = norm_weight ? result.rstd->mutable_data_ptr() : nullptr;
   return result;
 }
 
@@ -103,11 +108,11 @@ struct OnCuda {
 #endif
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_forward(
-    const Tensor& x_in, const Tensor& down_weight_in, const MaybeTensor& down_bias_in, const Tensor& up_weight_in,
-    const MaybeTensor& up_bias_in, const MaybeTensor& norm_weight_in, const MaybeTensor& norm_bias_in,
-    const MaybeTensor& residual_in, const MaybeTensor& seed, int64_t activation, double eps, double scale,
-    double dropout_p, bool residual_is_x) {
+ForwardResult run_forward(const Tensor& x_in, const Tensor& down_weight_in, const MaybeTensor& down_bias_in,
+                          const Tensor& up_weight_in, const MaybeTensor& up_bias_in, const MaybeTensor& norm_weight_in,
+                          const MaybeTensor& norm_bias_in, const MaybeTensor& residual_in, const MaybeTensor& seed,
+                          int64_t activation, double eps, double scale, double dropout_p, bool residual_is_x,
+                          bool keeps) {
   check(x_in, down_weight_in, down_bias_in, up_weight_in, up_bias_in, norm_weight_in, norm_bias_in, residual_in,
         activation, eps, scale);
   const Rows x(x_in);
@@ -117,9 +122,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_forward(
   const std::optional<Rows> residual = residual_in ? std::optional<Rows>(*residual_in) : std::nullopt;
   AdapterForward p{};
   ForwardResult result = fill_forward(p, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
-                                      residual, activation, eps, scale, residual_is_x);
+                                      residual, activation, eps, scale, residual_is_x, keeps);
   Device::run(p, x_in, seed, dropout_p);
-  return {result.out, result.hidden, result.mean, result.rstd};
+  return result;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_forward(const Tensor& x, const Tensor& down_weight,
+                                                           const MaybeTensor& down_bias, const Tensor& up_weight,
+                                                           const MaybeTensor& up_bias, const MaybeTensor& norm_weight,
+                                                           const MaybeTensor& norm_bias, const MaybeTensor& residual,
+                                                           const MaybeTensor& seed, int64_t activation, double eps,
+                                                           double scale, double dropout_p, bool residual_is_x) {
+  const ForwardResult result =
+      run_forward<Device>(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, residual, seed,
+                          activation, eps, scale, dropout_p, residual_is_x, true);
+  return {result.out, *result.hidden, *result.mean, *result.rstd};
+}
+
+Tensor adapter_inference(const Tensor& x, const Tensor& down_weight, const MaybeTensor& down_bias,
+                         const Tensor& up_weight, const MaybeTensor& up_bias, const MaybeTensor& norm_weight,
+                         const MaybeTensor& norm_bias, const MaybeTensor& residual, const MaybeTensor& seed,
+                         int64_t activation, double eps, double scale, double dropout_p, bool residual_is_x) {
+  return run_forward<OnCpu>(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, residual, seed,
+                            activation, eps, scale, dropout_p, residual_is_x, false)
+      .out;
 }
 
 template <class Device>
@@ -175,11 +202,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backw
 }  // namespace
 }  // namespace lwft
 
+#define LWFT_FORWARD_ARGUMENTS                                                                          \
+  "(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "               \
+  "Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, Tensor? seed, int activation, float eps, " \
+  "float scale, float dropout_p, bool residual_is_x) "
 constexpr char kForwardSchema[] =
-    "adapter_forward(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
-    "Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, Tensor? seed, int activation, float eps, "
-    "float scale, float dropout_p, bool residual_is_x) "
-    "-> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)";
+    "adapter_forward" LWFT_FORWARD_ARGUMENTS "-> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)";
+// forward where no backward follows
+constexpr char kInferenceSchema[] = "adapter_inference" LWFT_FORWARD_ARGUMENTS "-> Tensor";
 
 constexpr char kBackwardSchema[] =
     "adapter_backward(Tensor grad_out, Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, "
@@ -190,11 +220,13 @@ constexpr char kBackwardSchema[] =
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
   m.def(kForwardSchema);
+  m.def(kInferenceSchema);
   m.def(kBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lwft, CPU, m) {
   m.impl("adapter_forward", TORCH_BOX(&lwft::adapter_forward<lwft::OnCpu>));
+  m.impl("adapter_inference", TORCH_BOX(&lwft::adapter_inference));
   m.impl("adapter_backward", TORCH_BOX(&lwft::adapter_backward<lwft::OnCpu>));
 }
 

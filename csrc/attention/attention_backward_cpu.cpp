@@ -6,7 +6,7 @@
 // In parts (tile_parts.h) dV^T and dK^T are summed instead: splitting a transposed left-hand side is dear, and then it is
 // the narrow dO and Q, not the scores.
 //
-// Memory of a task: dQ of its group in float, and under 1 MiB besides (heads of up to 128). Common to all:
+// Memory of a task: dQ of its group in float, and under 1.5 MiB besides (heads of up to 128). Common to all:
 // what attention_backward_plan.h says.
 #include "attention/attention_backward_plan.h"
 #include "common/cpu/transpose.h"
@@ -572,7 +572,7 @@ void sum_dq_chunks(const BackwardPlan<T>& plan) {
 template <class E, class T = SumOf<E>>
 void backward_as(const AttentionBackward& p) {
   Scratch scratch;
-  const BackwardPlan<T> plan(p, {kScoreRows<E>, kTileRows<E>}, scratch);
+  const BackwardPlan<T> plan(p, {kScoreRows<E>, kTileRows<E>, kKeysOfBlock<E>}, scratch);
   parallel_for(plan.all_whole ? 0 : plan.groups * plan.tiles.count, [&](int64_t task) {
     const HeadGroup group(p.shape, p.rule, task / plan.tiles.count);
     row_statistics<E>(plan, group, plan.tiles[task % plan.tiles.count]);

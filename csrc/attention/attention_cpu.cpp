@@ -19,8 +19,12 @@ namespace {
 // have the panels.
 constexpr int64_t kBlockKeys = 256;
 constexpr int64_t kPanelBytes = 128 << 10;
-// Rows of a task: the more, the less packing weighs; but q and out have to stay in the second cache.
-constexpr int64_t kTaskRows = 1024, kTaskElements = 64 << 10;
+// Rows of a task: the more, the less packing weighs, which matrix registers leave most of the time to; but q and out, of at
+// most so many elements each, have to stay in the second cache.
+template <class E>
+constexpr int64_t kTaskRows = kPanelsAreRows<E> ? 480 : 1024;
+template <class E>
+constexpr int64_t kTaskElements = (kPanelsAreRows<E> ? 32 : 64) << 10;
 // Where there are few heads, tasks become smaller, down to kFewestTaskRows, until there are so many.
 constexpr int64_t kEnoughTasks = 8, kFewestTaskRows = 96;
 // Keys of a task where there are few rows: as many as leave kEnoughTasks, within these.
@@ -37,7 +41,7 @@ constexpr int64_t kTasksOfThread = 4, kFewRowsScores = 32 << 10;
 template <class E>
 Pieces task_rows(const AttentionShape& shape) {
   const int64_t rows = HeadGroup::rows(shape), groups = maximum<int64_t>(HeadGroup::count(shape), 1);
-  const int64_t largest = minimum(kTaskRows, maximum(kScoreRows<E>, kTaskElements / shape.head_dim));
+  const int64_t largest = minimum(kTaskRows<E>, maximum(kScoreRows<E>, kTaskElements<E> / shape.head_dim));
   const int64_t wanted = ceil_div(rows, ceil_div(kEnoughTasks, groups));
   return Pieces(rows, minimum(largest, maximum(wanted, kFewestTaskRows)), kTileRows<E>);
 }

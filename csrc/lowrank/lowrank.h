@@ -27,7 +27,7 @@ struct LowRankForward {
   void* out;                   // (tokens, out_features), unit stride along out_features; shares no memory with x
   int64_t out_row_stride;
   // dropout(x) A^T, unscaled: (tokens, rank) contiguous, of accumulate_dtype(param_dtype), for a rounding to
-  // 16 bits here would double the error of dB. 0 for a row without adapter.
+  // 16 bits here would double the error of dB. 0 for a row without adapter. On the CPU null where no backward follows.
   void* hidden;
   void* workspace;  // CUDA: low_rank_forward_workspace(p) floats in device memory
 };

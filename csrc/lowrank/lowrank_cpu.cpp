@@ -14,6 +14,9 @@
 // partial sums to add up, the mask is drawn once, and the bits do not depend on who computes what: blocks are
 // cut by shape alone, and how wide a slice is changes no sum.
 //
+// A few tokens of one adapter (a decode step, a vector) have paths of their own: there the factors and their gradients are
+// all the memory there is, so they are read and written once, where they lie, and shared out among the threads.
+//
 // Scratch memory: A and B of the adapters that occur, as packed panels; backward instead B, and ds.
 //
 // Where all is bfloat16 and the machine multiplies pairs of it, the operands of the products are such pairs
@@ -21,6 +24,7 @@
 #include "lowrank/lowrank.h"
 
 #include "common/cpu/dropout_vec.h"
+#include "common/cpu/few_tokens.h"
 #include "common/cpu/operand.h"
 #include "common/cpu/row.h"
 
@@ -50,10 +54,14 @@ static_assert(kDepth % kColumns == 0 && kDotDepth % kDepth == 0);
 // An adapter with so few tokens is read where it lies: it would be packed for one use.
 template <class E>
 constexpr int64_t kFewRows = kIsPair<E> ? 8 : 16;
-// Multiply-adds (or copied elements) below which a loop is not worth waking other threads for: some 40 us of one.
+// Where there is one adapter, up to so many tokens share out the factors, not the tokens, among the threads.
+constexpr int64_t kFewTokens = 64;
+// Reading a factor takes as much time as multiplying it, once it is in the cache, with so many.
+constexpr int64_t kLeastWorkRows = 32;
+// Multiply-adds below which a loop is not worth waking other threads for: some 40 us of one.
 constexpr int64_t kSerialWork = 1 << 21;
-// Columns that one task packs.
-constexpr int64_t kPackColumns = 1024;
+// Columns that one task packs; an element is as much work as so many multiply-adds.
+constexpr int64_t kPackColumns = 256, kPackWork = 16;
 
 template <class Body>
 void run(int64_t tasks, int64_t work, const Body& body) {
@@ -322,6 +330,9 @@ class Forward {
                 may_stream<T>(p.out_dtype, p.out, p.tokens, p.out_features)) {}
 
   void run_all() {
+    if constexpr (!kIsPair<E>) {
+      if (p.adapter_index == nullptr && p.tokens <= kFewTokens) return run_few();
+    }
     pack();
     const int64_t work = p.tokens * p.rank * (p.in_features + p.out_features);
     // Few blocks (a decode step): the columns of `out` are shared out too, so the middle has to wait in
@@ -354,6 +365,25 @@ class Forward {
 
   bool has_adapter(const Block& block) const { return block.group < p.adapters; }
 
+  void run_few() {
+    constexpr int64_t kRankStep = 4;  // what dot_rows takes at once
+    const Block block{0, 0, p.tokens};
+    const int64_t work = maximum(p.tokens, kLeastWorkRows) * p.rank * (p.in_features + p.out_features);
+    const Tile<E> x = view_operand(plan, block, p.x_dtype, p.x, p.x_row_stride, 0, p.in_features, p.dropout,
+                                   scratch.take<E>(p.tokens * p.in_features));
+    up_packed[block.group] = nullptr;
+    E* const middle = scratch.take<E>(p.tokens * middle_stride);
+    run(ceil_div(p.rank, kRankStep), work, [&](int64_t task) {
+      const int64_t k = task * kRankStep;
+      dot_rows(p.tokens, minimum(kRankStep, p.rank - k), p.in_features, x.data, x.row_stride, p.param_dtype,
+               down.factor.element(block.group, 0, k), p.in_features, middle + k, middle_stride, Mode::overwrite);
+    });
+    finish_middle(block, middle, middle);
+    const int64_t width = round_up(ceil_div(p.out_features, work >= kSerialWork ? thread_count() : 1), kColumns);
+    run(ceil_div(p.out_features, width), work,
+        [&](int64_t task) { write_out(block, middle, task * width, minimum((task + 1) * width, p.out_features)); });
+  }
+
   const T* bias_row() {
     if (p.bias == nullptr || p.accumulate) return nullptr;
     return view_row(p.bias_dtype, p.bias, 0, p.out_features, scratch.take<T>(p.out_features));
@@ -371,7 +401,7 @@ class Forward {
     }
     const int64_t down_tasks = down.lies_right() ? 0 : ceil_div(p.in_features, kPackColumns);
     const int64_t each = down_tasks + ceil_div(p.out_features, kPackColumns);
-    run(count * each, count * p.rank * (p.in_features + p.out_features), [&](int64_t task) {
+    run(count * each, kPackWork * count * p.rank * (p.in_features + p.out_features), [&](int64_t task) {
       const int64_t group = groups[task / each], part = task % each;
       if (part < down_tasks) {
         const int64_t begin = part * kPackColumns;
@@ -402,14 +432,19 @@ class Forward {
       };
       down.multiply(block, view, sums, stride);
     }
+    finish_middle(block, sums, middle);
+  }
+
+  void finish_middle(const Block& block, T* sums, E* middle) const {
+    const int64_t stride = padded<T>(kIsPair<E> ? p.rank : up.depth());
     for (int64_t i = 0; i < block.rows; ++i) {
       T* const row = sums + i * stride;
-      T* const hidden = static_cast<T*>(p.hidden) + plan.token(block, i) * p.rank;
-      if (!has_adapter(block)) {
-        __builtin_memset(hidden, 0, static_cast<size_t>(p.rank) * sizeof(T));
-        continue;
+      if (p.hidden != nullptr) {
+        T* const hidden = static_cast<T*>(p.hidden) + plan.token(block, i) * p.rank;
+        const size_t bytes = static_cast<size_t>(p.rank) * sizeof(T);
+        has_adapter(block) ? __builtin_memcpy(hidden, row, bytes) : __builtin_memset(hidden, 0, bytes);
       }
-      __builtin_memcpy(hidden, row, static_cast<size_t>(p.rank) * sizeof(T));
+      if (!has_adapter(block)) continue;
       scale_rows(1, p.rank, static_cast<T>(p.scale), row);
       if (up.bias != nullptr) row[p.rank] = T{1};
       if constexpr (kIsPair<E>) store_operand(row, p.rank, middle + i * middle_stride);
@@ -495,6 +530,9 @@ class Backward {
         streams(p.dx != nullptr && may_stream<T>(p.x_dtype, p.dx, p.tokens, p.in_features)) {}
 
   void run_all() {
+    if constexpr (!kIsPair<E>) {
+      if (p.adapter_index == nullptr && p.tokens > 0 && p.tokens <= kFewTokens) return run_few();
+    }
     if (p.dx != nullptr || p.da != nullptr) make_middle();
     if (kIsPair<E> && p.db != nullptr) pack_hidden();
     const int64_t in_width = slice_width(p.in_features), out_width = slice_width(p.out_features);
@@ -522,6 +560,103 @@ class Backward {
   const Block* first_block(int64_t group) const { return plan.blocks + plan.group_block[group]; }
   const Block* last_block(int64_t group) const { return plan.blocks + plan.group_block[group + 1]; }
 
+  // ---- few tokens ----
+
+  // Columns of grad_out for one task. Over them goes a sum, so they depend on the shape alone.
+  int64_t few_columns() const {
+    constexpr int64_t kTaskWork = kSerialWork / 8, kLeast = 2 * kColumns, kMost = 16 * kColumns;
+    const int64_t columns = ceil_div(kTaskWork, maximum(p.tokens, kLeastWorkRows) * p.rank);
+    return maximum(kLeast, minimum(kMost, round_up(columns, kColumns)));
+  }
+
+  // All of grad_out, then all of x, by columns.
+  void run_few() {
+    const int64_t rows = maximum(p.tokens, kLeastWorkRows);
+    const Block block{0, 0, p.tokens};
+    const Tile<T> dy = view_columns(plan, block, p.out_dtype, p.grad_out, p.grad_out_row_stride, 0, p.out_features,
+                                    scratch.take<T>(p.tokens * p.out_features));
+    T* const hidden = scratch.take<T>(p.tokens * middle_stride);  // with the scale, and whole vectors
+    for (int64_t i = 0; i < p.tokens; ++i) {
+      const T* const from = static_cast<const T*>(p.hidden) + i * p.rank;
+      for (int64_t k = 0; k < p.rank; k += kLanes<T>) {
+        store(hidden + i * middle_stride + k, load_columns(from, k, p.rank) * static_cast<T>(p.scale));
+      }
+    }
+    // the sums of the middle: one for each task, so that they do not depend on who does it
+    const bool wants_middle = p.dx != nullptr || p.da != nullptr;
+    const int64_t columns_of_task = few_columns(), tasks = ceil_div(p.out_features, columns_of_task);
+    const int64_t size = p.tokens * middle_stride;
+    middle = scratch.take<T>(wants_middle ? tasks * size : 0);
+    run(tasks, 2 * rows * p.rank * p.out_features, [&](int64_t task) {
+      const int64_t begin = task * columns_of_task, n = minimum(columns_of_task, p.out_features - begin);
+      const Tile<T> columns{dy.data + begin, dy.row_stride};
+      if (wants_middle) few_middle(columns, begin, n, middle + task * size);
+      if (p.db != nullptr) {
+        tall_gradient<T>(p.tokens, n, p.rank, columns, {hidden, middle_stride}, p.param_dtype, p.db, begin * p.rank);
+      }
+      if (p.dbias != nullptr) bias_gradient(p.tokens, n, columns, T{1}, p.bias_dtype, p.dbias, begin);
+    });
+    if (!wants_middle) return;
+    for (int64_t task = 1; task < tasks; ++task) {
+      for (int64_t i = 0; i < size; i += kLanes<T>)
+        store(middle + i, load(middle + i) + load(middle + task * size + i));
+    }
+    scale_rows(p.tokens, middle_stride, static_cast<T>(p.scale), middle);
+    const int64_t most = p.tokens <= kFewRows<float> ? 16 * kColumns : kWidestSlice;
+    const int64_t width = minimum(most, round_up(ceil_div(p.in_features, thread_count()), kColumns));
+    run(ceil_div(p.in_features, width), 2 * rows * p.rank * p.in_features,
+        [&](int64_t task) { few_columns_of_x(block, task * width, minimum(width, p.in_features - task * width)); });
+  }
+
+  // sums = dy B of the rows begin .. begin + n - 1 of B.
+  void few_middle(const Tile<T>& dy, int64_t begin, int64_t n, T* sums) const {
+    const int64_t step =
+        p.rank < 4 * kLanes<T> ? kDotDepth : kDepth;  // combine_rows takes few columns in several chains
+    for (int64_t i = 0; i < n; i += step) {
+      combine_rows(p.tokens, p.rank, minimum(step, n - i), dy.data + i, dy.row_stride, p.param_dtype,
+                   up.factor.element(0, begin + i, 0), p.rank, sums, middle_stride,
+                   i == 0 ? Mode::overwrite : Mode::accumulate);
+    }
+  }
+
+  // Columns begin .. begin + n - 1 of dA = middle^T (mask * x) and dx = mask * (middle A).
+  void few_columns_of_x(const Block& block, int64_t begin, int64_t n) const {
+    Scratch local;
+    const int64_t stride = padded<T>(n);
+    const void* x = element(p.x_dtype, p.x, begin);
+    DType x_dtype = p.x_dtype;
+    int64_t x_stride = p.x_row_stride;
+    T* mask = nullptr;
+    if (p.dropout.active()) {
+      mask = local.take<T>(p.tokens * stride);
+      T* const masked = local.take<T>(p.da != nullptr ? p.tokens * stride : 0);
+      for (int64_t i = 0; i < p.tokens; ++i) {
+        for (int64_t j = 0; j < n; j += kColumns) {
+          dropout_multipliers(p.dropout, i, begin + j, minimum(kColumns, n - j), mask + i * stride + j);
+        }
+        if (p.da == nullptr) continue;
+        load_row(p.x_dtype, p.x, i * p.x_row_stride + begin, n, masked + i * stride);
+        multiply_row(n, mask + i * stride, masked + i * stride);
+      }
+      x = masked, x_dtype = dtype_of<T>(), x_stride = stride;
+    }
+    if (p.da != nullptr) {
+      wide_gradient<T>(p.tokens, p.rank, n, {middle, middle_stride}, x_dtype, x, x_stride, p.param_dtype, p.da, begin,
+                       p.in_features);
+    }
+    if (p.dx == nullptr) return;
+    const bool in_place = mask == nullptr && p.x_dtype == dtype_of<T>();
+    T* const dx = in_place ? static_cast<T*>(p.dx) + begin : local.take<T>(p.tokens * stride);
+    const int64_t dx_stride = in_place ? p.in_features : stride;
+    combine_rows(p.tokens, n, p.rank, middle, middle_stride, p.param_dtype, down.factor.element(block.group, 0, begin),
+                 p.in_features, dx, dx_stride, Mode::overwrite);
+    if (in_place) return;
+    for (int64_t i = 0; mask != nullptr && i < p.tokens; ++i) multiply_row(n, mask + i * stride, dx + i * stride);
+    store_rows(p.x_dtype, p.tokens, n, dx, stride, p.dx, begin, p.in_features);
+  }
+
+  // ---- many ----
+
   // middle = scale * dy B, in the order of the plan.
   void make_middle() {
     int64_t* const groups = scratch.take<int64_t>(p.adapters);
@@ -533,7 +668,7 @@ class Backward {
       groups[count++] = group;
     }
     const int64_t each = ceil_div(p.out_features, kPackColumns);
-    run(count * each, count * p.rank * p.out_features, [&](int64_t task) {
+    run(count * each, kPackWork * count * p.rank * p.out_features, [&](int64_t task) {
       const int64_t begin = task % each * kPackColumns;
       up.pack(groups[task / each], begin, minimum(begin + kPackColumns, p.out_features));
     });
@@ -577,7 +712,7 @@ class Backward {
   void pack_hidden() {
     if constexpr (kIsPair<E>) {
       hidden_panels = scratch.take<E>(plan.count * block_panels());
-      run(plan.count, p.tokens * p.rank, [&](int64_t task) {
+      run(plan.count, kPackWork * p.tokens * p.rank, [&](int64_t task) {
         const Block& block = plan.blocks[task];
         pack_operand(dtype_of<T>(), static_cast<const T*>(p.hidden) + block.first * p.rank, p.rank, 1, block.rows,
                      p.rank, hidden_panels + task * block_panels());

@@ -300,11 +300,12 @@ struct OnCuda {
 
 // ---- the branch ----
 
-// out = bias + the product, or out += the product; returns the hidden middle.
+// out = bias + the product, or out += the product; the middle that backward needs goes into `hidden`, null where none
+// follows.
 template <class Device>
-Tensor forward_into(const Tensor& out, bool accumulate, const Rows& x, const MaybeTensor& bias_in,
-                    const Factors& factors, const MaybeTensor& index_in, const MaybeTensor& seed, double scale,
-                    double dropout_p) {
+void forward_into(const Tensor& out, bool accumulate, MaybeTensor* hidden, const Rows& x, const MaybeTensor& bias_in,
+                  const Factors& factors, const MaybeTensor& index_in, const MaybeTensor& seed, double scale,
+                  double dropout_p) {
   const MaybeTensor bias = as_contiguous(bias_in), index = as_contiguous(index_in);
   LowRankForward p{};
   factors.fill(p);
@@ -315,10 +316,11 @@ Tensor forward_into(const Tensor& out, bool accumulate, const Rows& x, const May
   p.out = out.mutable_data_ptr();
   p.out_dtype = dtype_of(out);
   p.out_row_stride = Rows(out).stride();
-  Tensor hidden = empty(x.tensor(), shape_of(x.tensor(), p.rank), accumulate_dtype(p.param_dtype));
-  p.hidden = hidden.mutable_data_ptr();
+  if (hidden != nullptr) {
+    *hidden = empty(x.tensor(), shape_of(x.tensor(), p.rank), accumulate_dtype(p.param_dtype));
+    p.hidden = (*hidden)->mutable_data_ptr();
+  }
   Device::run(p, x.tensor(), seed, dropout_p);
-  return hidden;
 }
 
 // Where the gradients go; null for those that are not wanted.
@@ -351,8 +353,8 @@ void backward_into(const Gradients& gradients, const Rows& grad_out, const Rows&
 // ---- low_rank_linear ----
 
 template <class Device>
-std::tuple<Tensor, Tensor> low_rank_linear_forward(const Tensor& x_in, const Tensor& down_weight,
-                                                   const Tensor& up_weight, const MaybeTensor& bias) {
+Tensor low_rank_linear(MaybeTensor* hidden, const Tensor& x_in, const Tensor& down_weight, const Tensor& up_weight,
+                       const MaybeTensor& bias) {
   check(x_in, down_weight, up_weight, false, 1.0);
   require_one_device(x_in, bias);
   require(parameter_fits(dtype_of(down_weight), dtype_of(x_in)));
@@ -360,8 +362,21 @@ std::tuple<Tensor, Tensor> low_rank_linear_forward(const Tensor& x_in, const Ten
   const Rows x(x_in);
   const Factors factors(down_weight, up_weight);
   Tensor out = empty(x_in, shape_of(x_in, up_weight.size(0)), x.dtype());
-  Tensor hidden = forward_into<Device>(out, false, x, bias, factors, {}, {}, 1.0, 0.0);
-  return {out, hidden};
+  forward_into<Device>(out, false, hidden, x, bias, factors, {}, {}, 1.0, 0.0);
+  return out;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> low_rank_linear_forward(const Tensor& x, const Tensor& down_weight, const Tensor& up_weight,
+                                                   const MaybeTensor& bias) {
+  MaybeTensor hidden;
+  Tensor out = low_rank_linear<Device>(&hidden, x, down_weight, up_weight, bias);
+  return {out, *hidden};
+}
+
+Tensor low_rank_linear_inference(const Tensor& x, const Tensor& down_weight, const Tensor& up_weight,
+                                 const MaybeTensor& bias) {
+  return low_rank_linear<OnCpu>(nullptr, x, down_weight, up_weight, bias);
 }
 
 template <class Device>
@@ -384,10 +399,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(const Tensor
 // ---- lora_linear: the low-rank part and the bias first, then x W^T is added in place ----
 
 template <class Device>
-std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Tensor& weight, const MaybeTensor& bias,
-                                               const Tensor& lora_a, const Tensor& lora_b,
-                                               const MaybeTensor& adapter_index, const MaybeTensor& seed, double scale,
-                                               double dropout_p) {
+Tensor lora_linear(MaybeTensor* hidden, const Tensor& x_in, const Tensor& weight, const MaybeTensor& bias,
+                   const Tensor& lora_a, const Tensor& lora_b, const MaybeTensor& adapter_index,
+                   const MaybeTensor& seed, double scale, double dropout_p) {
   check(x_in, lora_a, lora_b, adapter_index.has_value(), scale);
   const DType dtype = dtype_of(x_in);
   const int64_t d_out = lora_b.size(lora_b.dim() - 2), d_in = last_size(x_in);
@@ -400,9 +414,25 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Tensor&
   require(!adapter_index || is_vector(*adapter_index, x.count()));
   const Factors factors(lora_a, lora_b);
   Tensor out = empty(x_in, shape_of(x_in, d_out), dtype);
-  Tensor hidden = forward_into<Device>(out, false, x, bias, factors, adapter_index, seed, scale, dropout_p);
+  forward_into<Device>(out, false, hidden, x, bias, factors, adapter_index, seed, scale, dropout_p);
   Device::add_base_product(out, x, weight, true, d_out, d_in);
-  return {out, hidden};
+  return out;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                                               const Tensor& lora_a, const Tensor& lora_b,
+                                               const MaybeTensor& adapter_index, const MaybeTensor& seed, double scale,
+                                               double dropout_p) {
+  MaybeTensor hidden;
+  Tensor out = lora_linear<Device>(&hidden, x, weight, bias, lora_a, lora_b, adapter_index, seed, scale, dropout_p);
+  return {out, *hidden};
+}
+
+Tensor lora_linear_inference(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& lora_a,
+                             const Tensor& lora_b, const MaybeTensor& adapter_index, const MaybeTensor& seed,
+                             double scale, double dropout_p) {
+  return lora_linear<OnCpu>(nullptr, x, weight, bias, lora_a, lora_b, adapter_index, seed, scale, dropout_p);
 }
 
 template <class Device>
@@ -453,7 +483,9 @@ Tensor lora_delta_forward_(const Tensor& base_out, const Tensor& x_in, const Ten
   require(out.count() == x.count() && (!adapter_index || is_vector(*adapter_index, x.count())));
   if (!Device::kMayShareMemory && x.count() > 0 && share_memory(x, out)) x = Rows(torch::stable::clone(x_in));
   const Factors factors(lora_a, lora_b);
-  return forward_into<Device>(base_out, true, x, {}, factors, adapter_index, seed, scale, dropout_p);
+  MaybeTensor hidden;
+  forward_into<Device>(base_out, true, &hidden, x, {}, factors, adapter_index, seed, scale, dropout_p);
+  return *hidden;
 }
 
 template <class Device>
@@ -515,6 +547,11 @@ static void define_ops(Library& m) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
   define_ops(m);
+  // forward where no backward follows
+  m.def("low_rank_linear_inference(Tensor x, Tensor down_weight, Tensor up_weight, Tensor? bias) -> Tensor");
+  m.def(
+      "lora_linear_inference(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, "
+      "Tensor? adapter_index, Tensor? seed, float scale, float dropout_p) -> Tensor");
   m.def("packed_weight_bytes(Tensor weight) -> int");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight_(Tensor(a!) weight, Tensor packed) -> ()");
@@ -523,8 +560,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lwft, m) {
 STABLE_TORCH_LIBRARY_IMPL(lwft, CPU, m) {
   m.impl("low_rank_linear_forward", TORCH_BOX(&lwft::low_rank_linear_forward<lwft::OnCpu>));
   m.impl("low_rank_linear_backward", TORCH_BOX(&lwft::low_rank_linear_backward<lwft::OnCpu>));
+  m.impl("low_rank_linear_inference", TORCH_BOX(&lwft::low_rank_linear_inference));
   m.impl("lora_linear_forward", TORCH_BOX(&lwft::lora_linear_forward<lwft::OnCpu>));
   m.impl("lora_linear_backward", TORCH_BOX(&lwft::lora_linear_backward<lwft::OnCpu>));
+  m.impl("lora_linear_inference", TORCH_BOX(&lwft::lora_linear_inference));
   m.impl("lora_delta_forward", TORCH_BOX(&lwft::lora_delta_forward<lwft::OnCpu>));
   m.impl("lora_delta_forward_", TORCH_BOX(&lwft::lora_delta_forward_<lwft::OnCpu>));
   m.impl("lora_delta_backward", TORCH_BOX(&lwft::lora_delta_backward<lwft::OnCpu>));

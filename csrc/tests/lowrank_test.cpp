@@ -1,4 +1,5 @@
 // The low-rank product against plain loops in double, on every level, under whatever sanitizer there is.
+#include <cstring>
 #include <tuple>
 
 #include "tests/check.h"
@@ -82,7 +83,13 @@ void test_case(const CpuKernels& level, const Case& c) {
   f.out = out.data();
   f.out_row_stride = d_out;
   f.hidden = hidden.data();
+  std::vector<T> out_alone = out;
   level.lowrank->forward(f);
+  f.out = out_alone.data();
+  f.hidden = nullptr;  // no backward follows
+  level.lowrank->forward(f);
+  const bool same = out.empty() || std::memcmp(out_alone.data(), out.data(), out.size() * sizeof(T)) == 0;
+  check(same, level.isa, "out without hidden", tokens, r);
 
   LowRankBackward p{};
   p.tokens = tokens;
@@ -165,6 +172,8 @@ int main() {
              Case{130, 100, 17, 200, 0, 0.3, false},  // enough work for two threads
              Case{2, 1100, 70, 1090, 0, 0.0, false},  // few tokens: the columns of out are shared out
              Case{64, 40, 70, 1100, 3, 0.3, false},
+             Case{64, 1100, 48, 500, 0, 0.3, false},  // the most tokens that share out the factors
+             Case{65, 500, 16, 300, 0, 0.0, true},
          }) {
       test_case<float>(level, c);
       test_case<double>(level, c);

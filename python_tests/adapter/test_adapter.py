@@ -63,7 +63,11 @@ def reference(**arguments):
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17, 130])
 def test_accuracy(tokens, d, m, dtype):
     plain, everything = make(tokens, d, m), make(tokens, d, m, **EVERYTHING)
-    if m == 1:  # the gradient of one number, a sum that may cancel: its relative error is a matter of luck
+    if m == 1:
+        # GELU's slope is zero at -0.75: where the only hidden number is near it, every gradient is a rounding of that
+        # number many times over
+        everything["activation"] = "leaky_relu"
+        # the gradient of one number, a sum that may cancel: its relative error is a matter of luck
         for arguments, name in ((plain, "down_bias"), (everything, "down_bias"), (everything, "norm_bias")):
             arguments[name].requires_grad_(False)
     check_op(ours, reference, plain, dtype, note="plain")
@@ -183,7 +187,10 @@ def test_opcheck(p, norm):
     inputs = tuple(a[n] for n in ("x", *PARAMETERS[:4], "norm_weight", "norm_bias", "residual"))
     constants = (ACTIVATIONS.index("silu"), 1e-5, 0.5, p, False)
     torch.library.opcheck(torch.ops.lwft.adapter_forward.default, (*inputs, seed, *constants))
-    _, hidden, mean, rstd = torch.ops.lwft.adapter_forward(*inputs, seed, *constants)
+    out, hidden, mean, rstd = torch.ops.lwft.adapter_forward(*inputs, seed, *constants)
+    alone = tuple(None if t is None else t.detach() for t in (*inputs, seed))  # no backward follows
+    torch.library.opcheck(torch.ops.lwft.adapter_inference.default, (*alone, *constants))
+    assert torch.equal(torch.ops.lwft.adapter_inference(*alone, *constants), out)
     saved = (
         a["x"],
         a["down_weight"],
@@ -259,12 +266,13 @@ def test_checkpoint_draws_the_same_dropout(tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(
     "tokens,d,m",
     [(3, 1024, 160), (130, 300, 24), (2300, 60, 5), (100, 1100, 64), (300, 770, 37), (2300, 100, 40)],
 )
-def test_same_bits_for_every_thread_count(tokens, d, m, dtype):
-    a = make(tokens, d, m, **EVERYTHING)
+def test_same_bits_for_every_thread_count(tokens, d, m, norm, dtype):
+    a = make(tokens, d, m, **{**EVERYTHING, "norm": norm})
     a = {n: t.detach().to(dtype).requires_grad_() if isinstance(t, torch.Tensor) else t for n, t in a.items()}
     leaves = [t for t in a.values() if isinstance(t, torch.Tensor)]
     threads = torch.get_num_threads()

@@ -245,12 +245,12 @@ def test_gradcheck(op):
 
 
 @pytest.mark.parametrize("op", ["low_rank_linear", "lora_delta"])
-@pytest.mark.parametrize("tokens", [2, 130, 164, 700])
+@pytest.mark.parametrize("tokens", [2, 40, 130, 164, 700])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_every_thread_count(op, tokens, dtype):
     """lora_linear adds the vendor's matrix product to these, whose bits are the vendor's."""
-    if op == "low_rank_linear":
-        call, arguments = LF.low_rank_linear, low_rank_arguments(tokens, 300, 1100, 16)
+    if op == "low_rank_linear":  # of so high a rank that few tokens too are shared out among the threads
+        call, arguments = LF.low_rank_linear, low_rank_arguments(tokens, 300, 1100, 70 if tokens < 64 else 16)
     else:
         index = torch.arange(tokens) // 40 % 4 - 1
         call, arguments = (

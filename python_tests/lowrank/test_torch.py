@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import lwft_kernels
@@ -49,6 +50,28 @@ def test_opcheck_low_rank_linear():
     for needs in (0b1111, 0b0101):
         inputs = detached(torch.randn_like(out), x, a, b, hidden, needs)
         torch.library.opcheck(op.low_rank_linear_backward.default, inputs)
+
+
+def test_inference_ops_are_the_forward_ops():
+    """Called where no gradient is wanted: they keep nothing, and are no other numbers."""
+    x, weight, bias, a, b = detached(*arguments())
+    for name, values in (
+        ("low_rank_linear", (x, a, b, bias)),
+        ("lora_linear", (x, weight, bias, a, b, *[None] * 2, 0.5, 0.0)),
+    ):
+        inference, forward = (
+            getattr(torch.ops.lwft, f"{name}_{suffix}").default for suffix in ("inference", "forward")
+        )
+        torch.library.opcheck(inference, values)
+        assert torch.equal(inference(*values), forward(*values)[0])
+
+
+@pytest.mark.parametrize("op", [low_rank, lora])
+def test_fake_tensors_where_no_gradient_is_wanted(op):
+    with FakeTensorMode() as mode, torch.no_grad():
+        fakes = [mode.from_tensor(value) for value in detached(*arguments())]
+        assert isinstance(out := op(*fakes), FakeTensor)
+        assert out.shape == (6, 40)
 
 
 @pytest.mark.parametrize("stacked", [False, True])

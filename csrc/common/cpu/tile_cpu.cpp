@@ -420,19 +420,38 @@ template <class T, int Rows, int Columns, class Storage>
 }
 
 // C[i, j] (+)= sum_l A[i, l] B[l, j] for k <= kKBlock, Rows rows and Vectors vectors of columns: 4, or 1 with
-// the first `columns` lanes only.
+// the first `columns` lanes only. A single vector is summed in four chains, each a quarter of the additions: one alone would
+// wait for every addition to end, and be the less exact the longer it is.
 template <class T, int Rows, int Vectors, class Storage>
 [[gnu::noinline]] void combine_block(int64_t k, int64_t columns, const T* a, int64_t lda, const Storage* b, int64_t ldb,
                                      T* c, int64_t ldc, Mode mode) {
   constexpr int N = kLanes<T>;
+  constexpr int kChains = Vectors > 1 ? 1 : 4;
   const bool whole = Vectors > 1 || columns == N;
-  Vec<T> sums[Rows][Vectors];
+  Vec<T> sums[Rows][Vectors], more[kChains][Rows];
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) sums[i][j] = Vec<T>{};
+#pragma GCC unroll 4
+    for (int chain = 1; chain < kChains; ++chain) more[chain][i] = Vec<T>{};
   }
-  for (int64_t l = 0; l < k; ++l) {
+  int64_t l = 0;
+  if constexpr (kChains > 1) {
+    for (; l + kChains <= k; l += kChains) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) {
+        const Storage* from = b + (l + chain) * ldb;
+        const Vec<T> b_part = whole ? load_as<T>(from) : load_first_as<T>(from, columns);
+#pragma GCC unroll 4
+        for (int i = 0; i < Rows; ++i) {
+          Vec<T>& sum = chain == 0 ? sums[i][0] : more[chain][i];
+          sum = fma(broadcast(a[i * lda + l + chain]), b_part, sum);
+        }
+      }
+    }
+  }
+  for (; l < k; ++l) {
     Vec<T> b_part[Vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) {
@@ -445,6 +464,10 @@ template <class T, int Rows, int Vectors, class Storage>
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) sums[i][j] = fma(element, b_part[j], sums[i][j]);
     }
+  }
+  if constexpr (kChains > 1) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) sums[i][0] = (sums[i][0] + more[1][i]) + (more[2][i] + more[3][i]);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
