@@ -68,6 +68,7 @@ struct LowRankKernels {
   void (*forward)(const LowRankForward&);
   void (*backward)(const LowRankBackward&);
   void (*base_product)(const BaseProduct&);
+  bool (*base_product_is_faster)(const BaseProduct&);
   int64_t (*packed_bytes)(int64_t out_features, int64_t in_features, DType dtype);
   void (*pack_weight)(const PackedWeight&, const void* weight);
   void (*unpack_weight)(const PackedWeight&, void* weight);

@@ -1,7 +1,12 @@
 // The product with the frozen weight in 16 bits. b is converted slice by slice of its columns into float panels, which
 // stay in the second-level cache (up to a depth of about 1000; else in the third) while all rows of a task pass by.
 //
-// Scratch memory of a thread: depth x kSliceColumns floats for b, kBlockRows x (kDepthStep + kSliceColumns) beside.
+// In float32 on matrix registers a panel is 1.5 times as large, and out is where the sums are: a block of b, kPartDepth x
+// kPartColumns, stays in the second cache while all rows of a task pass by.
+//
+// Scratch memory of a thread: depth x kSliceColumns floats for b, kBlockRows x (kDepthStep + kSliceColumns) beside. In
+// float32 6 x kPartDepth x kPartColumns bytes.
+#include "common/cpu/operand.h"
 #include "common/cpu/row.h"
 #include "common/cpu/tile.h"
 #include "lowrank/lowrank_base.h"
@@ -68,9 +73,58 @@ void many_rows(const BaseProduct& p, int64_t first_row, int64_t rows, int64_t co
   }
 }
 
+// ---- float32 ----
+
+constexpr int64_t kPartDepth = 128, kPartColumns = 768;
+
+// What a task takes: about so many columns for as many threads, or where there are not so many rows too. No sum depends on it.
+struct Cut {
+  int64_t columns, rows;
+};
+Cut cut_for_threads(const BaseProduct& p) {
+  // Fewer of the rows of a, of which each task splits its own.
+  constexpr int64_t kLeastColumns = 128, kLeastRows = 256;
+  const int64_t threads = thread_count();
+  const int64_t wished = round_up(ceil_div(p.columns, kPartColumns), threads);
+  const int64_t slices = minimum(wished, ceil_div(p.columns, kLeastColumns));
+  const int64_t chunks = minimum(ceil_div(threads, slices), ceil_div(p.rows, kLeastRows));
+  return {round_up(ceil_div(p.columns, slices), kPanelColumns<float>),
+          round_up(ceil_div(p.rows, chunks), kTileRows<FloatParts>)};
+}
+
+void add_product_of_parts([[maybe_unused]] const BaseProduct& p) {
+  if constexpr (kSplitsFloat) {
+    const Cut cut = cut_for_threads(p);
+    const int64_t slices = ceil_div(p.columns, cut.columns), chunks = ceil_div(p.rows, cut.rows);
+    parallel_for(slices * chunks, [&](int64_t task) {
+      const int64_t column = task / chunks * cut.columns, n = minimum(cut.columns, p.columns - column);
+      const int64_t row = task % chunks * cut.rows, rows = minimum(cut.rows, p.rows - row);
+      Scratch scratch;
+      FloatParts* const panels = scratch.take<FloatParts>(panel_size<FloatParts>(kPartDepth, n));
+      for (int64_t l = 0; l < p.depth; l += kPartDepth) {
+        const int64_t depth = minimum(kPartDepth, p.depth - l);
+        pack_operand(p.dtype, element(p.dtype, p.b, l * p.b_row_stride + column * p.b_col_stride), p.b_row_stride,
+                     p.b_col_stride, depth, n, panels);
+        gemm(rows, n, depth, static_cast<const float*>(p.a) + row * p.a_row_stride + l, p.a_row_stride, 1, panels,
+             static_cast<float*>(p.out) + row * p.out_row_stride + column, p.out_row_stride, Mode::accumulate);
+      }
+    });
+  }
+}
+
 }  // namespace
 
+// Packing b takes as long as some 30 rows, and longer where it is a large transpose, which is read from memory in short pieces; a
+// small one is hardly worth two threads.
+bool base_product_is_faster(const BaseProduct& p) {
+  constexpr int64_t kLeastSide = 256, kSmall = 300 * 300, kLarge = 8 << 20;
+  if (!kSplitsFloat || p.columns % kLanes<float> != 0 || minimum(p.depth, p.columns) < kLeastSide) return false;
+  const int64_t size = p.depth * p.columns;
+  return p.rows >= (size < kSmall || (size > kLarge && p.b_row_stride == 1) ? 128 : 64);
+}
+
 void base_product(const BaseProduct& p) {
+  if (p.dtype == DType::f32) return add_product_of_parts(p);
   const int64_t slices = ceil_div(p.columns, kSliceColumns);
   const int64_t chunks = p.rows <= kFewRows ? 1 : ceil_div(p.rows, kTaskRows);
   parallel_for(slices * chunks, [&](int64_t task) {

@@ -1004,7 +1004,7 @@ void backward(const LowRankBackward& p) { run_by_dtype<Backward>(p); }
 }  // namespace
 
 extern const LowRankKernels lowrank_kernels;
-const LowRankKernels lowrank_kernels = {forward,     backward,      base_product,  packed_bytes,
-                                        pack_weight, unpack_weight, packed_product};
+const LowRankKernels lowrank_kernels = {forward,      backward,    base_product,  base_product_is_faster,
+                                        packed_bytes, pack_weight, unpack_weight, packed_product};
 
 }  // namespace lwft::LWFT_ISA

@@ -84,8 +84,8 @@ Tensor transposed(const Tensor& matrix) {
   return matrix_view(matrix, matrix.size(1), matrix.size(0), matrix.stride(1), matrix.stride(0));
 }
 
-// Ours: result (m, n), a (m, k) with unit stride along their rows, b (k, n) with a unit stride.
-void own_add_product(const Tensor& result, const Tensor& a, const Tensor& b) {
+// result (m, n), a (m, k) with unit stride along their rows, b (k, n) with a unit stride.
+BaseProduct base_product(const Tensor& result, const Tensor& a, const Tensor& b) {
   BaseProduct p{};
   p.rows = a.size(0);
   p.depth = a.size(1);
@@ -98,7 +98,11 @@ void own_add_product(const Tensor& result, const Tensor& a, const Tensor& b) {
   p.b_col_stride = b.stride(1);
   p.out = result.mutable_data_ptr();
   p.out_row_stride = result.stride(0);
-  cpu_kernels().lowrank->base_product(p);
+  return p;
+}
+
+void own_add_product(const Tensor& result, const Tensor& a, const Tensor& b) {
+  cpu_kernels().lowrank->base_product(base_product(result, a, b));
 }
 
 // Whether the vendor multiplies 16-bit matrices by a plain loop: so PyTorch does where the processor has no instruction
@@ -127,9 +131,10 @@ bool vendor_is_slow(const Tensor& like, bool b_is_transpose) {
   return best(vendor_add_product) > 3 * best(own_add_product);
 }
 
-bool takes_own(const Tensor& a, const Tensor& b) {
+bool takes_own(const Tensor& result, const Tensor& a, const Tensor& b) {
   const DType dtype = dtype_of(a);
-  if ((dtype != DType::bf16 && dtype != DType::f16) || (b.stride(0) != 1 && b.stride(1) != 1)) return false;
+  if (dtype == DType::f64 || (b.stride(0) != 1 && b.stride(1) != 1)) return false;
+  if (dtype == DType::f32) return cpu_kernels().lowrank->base_product_is_faster(base_product(result, a, b));
   const bool b_is_transpose = b.stride(0) == 1;
   static std::once_flag measured[4];
   static bool slow[4];
@@ -140,7 +145,7 @@ bool takes_own(const Tensor& a, const Tensor& b) {
 
 // result += a b
 void add_product(const Tensor& result, const Tensor& a, const Tensor& b) {
-  takes_own(a, b) ? own_add_product(result, a, b) : vendor_add_product(result, a, b);
+  takes_own(result, a, b) ? own_add_product(result, a, b) : vendor_add_product(result, a, b);
 }
 
 // ---- the frozen weight, plain or packed ----

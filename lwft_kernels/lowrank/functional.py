@@ -92,6 +92,10 @@ def lora_linear(
         (..., d_out) in the dtype of `x`. Under autocast `x`, `weight`, `bias` and 16-bit adapters become the
         autocast dtype; float32 adapters are read as they are.
 
+        On a CPU with matrix registers (Intel AMX), products with a float32 `weight` of 256 x 256 and more are summed,
+        for 64 tokens and more, from three bfloat16 parts of every number: as accurately as in float32, but an infinity
+        in `x` or `weight` gives NaN wherever it goes, and numbers below 2^-110 lose their last bits.
+
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; the message names it.
             Indices are looked at here (for the B of them, not per token) when they are on the CPU; while

@@ -96,6 +96,31 @@ def test_product_with_the_frozen_weight(level, transpose, rows, depth, columns):
     assert (whole[:, columns:] == before[:, columns:]).all()
 
 
+@pytest.mark.parametrize("level", [level for level in lwft_harness.levels() if lwft_harness.splits_float(level)])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("rows,depth,columns", [(1, 5, 16), (70, 300, 48), (300, 129, 1616), (600, 530, 272)])
+def test_float32_product_with_the_frozen_weight(level, transpose, rows, depth, columns):
+    random = np.random.default_rng(rows + depth)
+    a = random.standard_normal((rows, depth + 3)).astype("float32")[:, :depth]
+    b = (random.standard_normal((columns, depth) if transpose else (depth, columns)) / depth**0.5).astype("float32")
+    before = random.standard_normal((rows, columns + 5)).astype("float32")
+    results = []
+    for threads in (1, 2, 7):
+        whole = before.copy()
+        lwft_harness.set_threads(threads)
+        try:
+            lwft_harness.base_product(level, a, b, transpose, whole[:, :columns])
+        finally:
+            lwft_harness.set_threads(1)
+        assert np.array_equal(whole[:, columns:], before[:, columns:])
+        results.append(whole[:, :columns])
+    assert all(np.array_equal(results[0], other) for other in results[1:]), "other bits with other threads"
+    w = b.T if transpose else b
+    exact = torch.from_numpy(before[:, :columns].astype("float64") + a.astype("float64") @ w.astype("float64"))
+    eager = torch.addmm(torch.from_numpy(before[:, :columns]), torch.from_numpy(a), torch.from_numpy(w))
+    assert relative_error(torch.from_numpy(results[0]), exact) <= RATIO * relative_error(eager, exact) + 1e-6
+
+
 # more and fewer rows than the two products take at once, one and several blocks and panels, edges of each
 PACKED_SHAPES = [(1, 5, 3), (8, 130, 131), (9, 1, 17), (17, 300, 600), (61, 513, 129), (270, 140, 70), (800, 70, 40)]
 
