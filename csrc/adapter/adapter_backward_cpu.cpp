@@ -31,13 +31,14 @@ constexpr int64_t kFewTokensBackward = 2 * kFewTokens;
 template <class E, class X>
 class Backward {
   using T = SumOf<E>;
+  using L = LeftOf<E>;
 
  public:
   explicit Backward(const AdapterBackward& p)
       : p_(p),
         d_(p.model_dim),
         m_(p.bottleneck),
-        few_(!kIsPair<E> && p.tokens <= kFewTokensBackward),
+        few_(kPanelsAreRows<E> && p.tokens <= kFewTokensBackward),
         normed_(p.norm_weight != nullptr),
         up_wanted_(p.dup_weight != nullptr || p.dup_bias != nullptr),
         sums_wanted_(p.ddown_weight != nullptr || p.dnorm_weight != nullptr),
@@ -52,22 +53,22 @@ class Backward {
         streams_(p.dx != nullptr && may_stream<T>(p.dtype, p.dx, p.tokens, d_)) {}
 
   void run() {
-    if constexpr (!kIsPair<E>) {
+    if constexpr (kPanelsAreRows<E>) {
       if (few_ && !normed_ && p_.tokens > 0) return run_few();
     }
     const int64_t chunks = ceil_div(p_.tokens, kChunkTokens);
     const int64_t chunk_tokens = chunks > 1 ? round_up(ceil_div(p_.tokens, chunks), kTokenBlock) : p_.tokens;
     tiles_ = token_tiles<E>(chunk_tokens, d_);
     if (few_) tiles_ = tiles_of(p_.tokens, kFewTokensBackward);
-    chunk_units_ = units<E>(chunk_tokens);
-    dz_ = scratch_.take<E>(sums_wanted_ ? panel_size<E>(chunk_units_, m_) : 0);
-    h_ = scratch_.take<E>(up_wanted_ ? panel_size<E>(chunk_units_, m_) : 0);
+    chunk_room_ = chunk_tokens;
+    dz_ = scratch_.take<E>(sums_wanted_ ? kept_size(chunk_room_) : 0);
+    h_ = scratch_.take<E>(up_wanted_ ? kept_size(chunk_room_) : 0);
     group_sums_ = scratch_.take<T>(dz_wanted_ ? (groups(chunk_tokens) + 1) * row_stride_ : 0);
     ddown_bias_ = scratch_.take<T>(row_stride_);
     for (int64_t k = 0; k < m_; ++k) ddown_bias_[k] = T{0};
     dup_bias_ = scratch_.take<T>(up_wanted_ ? padded<T>(d_) : 0);
     if (chunks > 1) {
-      dup_ = scratch_.take<T>(up_wanted_ ? d_ * row_stride_ : 0);
+      dup_ = scratch_.take<T>(up_wanted_ ? slices() * kBlockColumns * row_stride_ : 0);
       ddown_ = scratch_.take<T>(sums_wanted_ ? slices() * kBlockColumns * m_ : 0);
     }
     pack(up_, down_);
@@ -139,7 +140,7 @@ class Backward {
         wide_gradient<T>(tokens, m_, n, {dz, row_stride_}, p_.dtype, element(p_.dtype, p_.x, j), p_.x_row_stride,
                          p_.param_dtype, p_.ddown_weight, j, d_);
       }
-      if (p_.dx != nullptr) input_gradient_columns(0, tokens, {dz, row_stride_}, j, j + n);
+      if (p_.dx != nullptr) input_gradient_columns(0, tokens, Tile<T>{dz, row_stride_}, j, j + n);
     });
   }
 
@@ -166,12 +167,12 @@ class Backward {
     activation_rows(begin, rows, h, dz);
     if (up_wanted_) keep_rows(h, begin, rows, h_);
     if (sums_wanted_) keep_rows(dz, begin, rows, dz_);
-    for (int64_t i = 0; dz_wanted_ && i < rows; i += kTileMultiple) {
-      column_sums(dz + i * row_stride_, minimum(kTileMultiple, rows - i), row_stride_, m_,
-                  group_sums_ + (begin + i) / kTileMultiple * row_stride_);
+    for (int64_t i = 0; dz_wanted_ && i < rows; i += kSummedTokens) {
+      column_sums(dz + i * row_stride_, minimum(kSummedTokens, rows - i), row_stride_, m_,
+                  group_sums_ + (begin + i) / kSummedTokens * row_stride_);
     }
     if (p_.dx == nullptr) return;
-    const Tile<E> operand = operand_rows(dz, rows, scratch);
+    const auto operand = left_of_several<E>(operand_rows(dz, rows, scratch), rows, m_, scratch);
     if (normed_) {
       input_gradient_with_norm(begin, rows, operand);
     } else {
@@ -181,16 +182,18 @@ class Backward {
   }
 
   // dZ is summed by groups of so many tokens, however the tiles are cut.
-  static int64_t groups(int64_t tokens) { return ceil_div(tokens, kTileMultiple); }
+  static constexpr int64_t kSummedTokens = 16;
+  static_assert(kTileMultiple<E> % kSummedTokens == 0);
+  static int64_t groups(int64_t tokens) { return ceil_div(tokens, kSummedTokens); }
 
   const X* input(int64_t token) const { return static_cast<const X*>(p_.x) + token * p_.x_row_stride; }
   const X* grad_out(int64_t token) const { return static_cast<const X*>(p_.grad_out) + token * p_.grad_out_row_stride; }
 
   // dZ as a left-hand side.
-  Tile<E> operand_rows(const T* dz, int64_t rows, Scratch& scratch) const {
+  Tile<L> operand_rows(const T* dz, int64_t rows, Scratch& scratch) const {
     if constexpr (kIsPair<E>) {
-      const int64_t stride = buffer_stride<E>(units<E>(m_));
-      E* buffer = scratch.take<E>(rows * stride);
+      const int64_t stride = buffer_stride<L>(units<E>(m_));
+      L* buffer = scratch.take<L>(rows * stride);
       for (int64_t i = 0; i < rows; ++i) store_operand(dz + i * row_stride_, m_, buffer + i * stride);
       return {buffer, stride};
     } else {
@@ -198,25 +201,49 @@ class Backward {
     }
   }
 
-  // Where the chunk's H or dZ has the row of `token` and the columns from `column` on; the second pass reads them as
-  // panels, whose k is the token. `column` is a multiple of kPanelColumns<E>, `token` of kUnit<E>.
-  E* kept(E* panels, int64_t token, int64_t column) const {
-    const int64_t width = padded<E>(minimum(kPanelColumns<E>, m_ - column));
-    return panels + column * chunk_units_ + token / kUnit<E> * width;
+  // H and dZ of the chunk, whose transposes the second pass multiplies: in panels, whose k is the token, or split.
+  static constexpr bool kSplits = std::is_same_v<E, FloatParts>;
+  int64_t kept_size(int64_t tokens) const {
+    return kSplits ? split_size(m_, tokens) : panel_size<E>(units<E>(tokens), m_);
   }
 
-  void keep_rows(const T* rows, int64_t begin, int64_t count, E* panels) const {
-    for (int64_t k = 0; k < m_; k += kPanelColumns<E>) {
-      pack_operand(dtype_of<T>(), rows + k, row_stride_, 1, count, minimum(kPanelColumns<E>, m_ - k),
-                   kept(panels, begin, k));
+  // Where panels have the row of `token` and the columns from `column` on. `column` is a multiple of kPanelColumns<E>, `token`
+  // of kUnit<E>.
+  E* kept(E* panels, int64_t token, int64_t column) const {
+    const int64_t width = padded<E>(minimum(kPanelColumns<E>, m_ - column));
+    return panels + column * units<E>(chunk_room_) + token / kUnit<E> * width;
+  }
+
+  void keep_rows(const T* rows, int64_t begin, int64_t count, E* to) const {
+    if constexpr (kSplits) {
+      split_left(m_, count, rows, 1, row_stride_, to, begin, chunk_room_);
+    } else {
+      for (int64_t k = 0; k < m_; k += kPanelColumns<E>) {
+        pack_operand(dtype_of<T>(), rows + k, row_stride_, 1, count, minimum(kPanelColumns<E>, m_ - k),
+                     kept(to, begin, k));
+      }
+    }
+  }
+
+  // sums (bottleneck, columns) (+)= what is kept of the tokens t .. t + tokens, transposed, times the panels of a matrix.
+  void multiply_kept(E* from, int64_t t, int64_t tokens, int64_t columns, const E* panels, T* sums) const {
+    const Mode mode = first_ && t == 0 ? Mode::overwrite : Mode::accumulate;
+    if constexpr (kSplits) {
+      gemm_split(m_, columns, tokens, from, t, chunk_room_, panels, sums, kBlockColumns, mode);
+    } else {
+      for (int64_t k = 0; k < m_; k += kPanelColumns<E>) {
+        const int64_t rows = minimum(kPanelColumns<E>, m_ - k);
+        gemm(rows, columns, units<E>(tokens), kept(from, t, k), 1, padded<E>(rows), panels, sums + k * kBlockColumns,
+             kBlockColumns, mode);
+      }
     }
   }
 
   // G Wu
   void times_up_weight(int64_t begin, int64_t rows, T* product) const {
     Scratch scratch;
-    const Tile<E> g = gradient_rows(begin, rows, scratch);
-    if constexpr (!kIsPair<E>) {
+    const Tile<L> g = gradient_rows(begin, rows, scratch);
+    if constexpr (kPanelsAreRows<E>) {
       if (few_) {
         for_column_slices(rows, m_, d_, kCombineColumns<T>, [&](int64_t from, int64_t to) {
           combine_rows(rows, to - from, d_, g.data, g.row_stride, p_.param_dtype,
@@ -229,14 +256,14 @@ class Backward {
   }
 
   // Rows of G as E: grad_out where it lies, if that is the same.
-  Tile<E> gradient_rows(int64_t begin, int64_t rows, Scratch& scratch) const {
+  Tile<L> gradient_rows(int64_t begin, int64_t rows, Scratch& scratch) const {
     const int64_t token = chunk_ + begin, grad_stride = p_.grad_out_row_stride;
     if (!p_.dropout.active()) {
-      const Tile<E> g = operand_in_place<E>(p_.dtype, p_.grad_out, token * grad_stride, grad_stride, d_);
+      const Tile<L> g = operand_in_place<L>(p_.dtype, p_.grad_out, token * grad_stride, grad_stride, d_);
       if (g.data != nullptr) return g;
     }
-    const int64_t stride = buffer_stride<E>(units<E>(d_));
-    E* buffer = scratch.take<E>(rows * stride);
+    const int64_t stride = buffer_stride<L>(units<E>(d_));
+    L* buffer = scratch.take<L>(rows * stride);
     T* row = scratch.take<T>(d_);
     for (int64_t i = 0; i < rows; ++i) {
       if constexpr (!kIsPair<E>) row = buffer + i * stride;
@@ -274,7 +301,8 @@ class Backward {
   }
 
   // dx = dZ Wd (+ grad_out), a block of columns at a time.
-  void input_gradient_columns(int64_t begin, int64_t rows, const Tile<E>& dz, int64_t from, int64_t to) const {
+  template <class Left>
+  void input_gradient_columns(int64_t begin, int64_t rows, const Left& dz, int64_t from, int64_t to) const {
     Scratch scratch;
     T* block = scratch.take<T>(rows * kBlockColumns);
     for (int64_t j = from; j < to; j += kBlockColumns) {
@@ -288,7 +316,8 @@ class Backward {
   }
 
   // With g = dN w: dx = rstd (g - mean(g) - n mean(g n)) (+ grad_out).
-  void input_gradient_with_norm(int64_t begin, int64_t rows, const Tile<E>& dz) const {
+  template <class Left>
+  void input_gradient_with_norm(int64_t begin, int64_t rows, const Left& dz) const {
     Scratch scratch;
     const int64_t stride = buffer_stride<T>(d_);
     T* dn = scratch.take<T>(rows * stride);
@@ -321,8 +350,9 @@ class Backward {
   }
 
   // The columns from j on of dZ Wd.
-  void times_down_weight(const Tile<E>& dz, int64_t rows, int64_t j, int64_t columns, T* result, int64_t stride) const {
-    if constexpr (!kIsPair<E>) {
+  template <class Left>
+  void times_down_weight(const Left& dz, int64_t rows, int64_t j, int64_t columns, T* result, int64_t stride) const {
+    if constexpr (kPanelsAreRows<E>) {
       if (few_) {
         combine_rows(rows, columns, m_, dz.data, dz.row_stride, p_.param_dtype,
                      element(p_.param_dtype, p_.down_weight, j), d_, result, stride, Mode::overwrite);
@@ -363,7 +393,7 @@ class Backward {
       const int64_t j = task / kinds * kBlockColumns, columns = minimum(kBlockColumns, d_ - j);
       Scratch scratch;
       if (up_wanted_ && task % kinds == 0) {
-        T* sums = dup_ != nullptr ? dup_ + j * row_stride_ : scratch.take<T>(columns * row_stride_);
+        T* sums = dup_ != nullptr ? dup_ + j * row_stride_ : scratch.take<T>(kBlockColumns * row_stride_);
         add_up_slice(j, columns, sums);
         if (last_) store_up_slice(j, columns, sums);
       } else {
@@ -374,7 +404,8 @@ class Backward {
     });
   }
 
-  // Rows j .. of G^T H into dup_sums, and the sums of G's columns.
+  // Rows j .. of G^T H into dup_sums, and the sums of G's columns. Of numbers in parts its transpose: H is split already, and
+  // panels are packed faster than a transposed G is split.
   void add_up_slice(int64_t j, int64_t columns, T* dup_sums) const {
     Scratch scratch;
     E* g = scratch.take<E>(panel_size<E>(units<E>(kTokenBlock), kBlockColumns));
@@ -390,14 +421,26 @@ class Backward {
         pack_operand(p_.dtype, element(p_.dtype, p_.grad_out, token * p_.grad_out_row_stride + j),
                      p_.grad_out_row_stride, 1, tokens, columns, g);
       }
-      panel_sums(g, depth, columns, sums);
+      if constexpr (kSplits) {
+        if (p_.dropout.active()) {
+          column_sums(dropped, tokens, kBlockColumns, columns, sums);
+        } else {
+          column_sums(grad_out(token) + j, tokens, p_.grad_out_row_stride, columns, sums);
+        }
+      } else {
+        panel_sums(g, depth, columns, sums);
+      }
       for (int64_t i = 0; i < columns; ++i) dup_bias_[j + i] += sums[i];
-      const Mode mode = first_ && t == 0 ? Mode::overwrite : Mode::accumulate;
-      for (int64_t i = 0; i < columns; i += kPanelColumns<E>) {
-        const int64_t rows = minimum(kPanelColumns<E>, columns - i);
-        for (int64_t k = 0; k < m_; k += kPanelColumns<E>) {
-          gemm(rows, minimum(kPanelColumns<E>, m_ - k), depth, g + i * depth, 1, padded<E>(rows), kept(h_, t, k),
-               dup_sums + i * row_stride_ + k, row_stride_, mode);
+      if constexpr (kSplits) {
+        multiply_kept(h_, t, tokens, columns, g, dup_sums);
+      } else {
+        const Mode mode = first_ && t == 0 ? Mode::overwrite : Mode::accumulate;
+        for (int64_t i = 0; i < columns; i += kPanelColumns<E>) {
+          const int64_t rows = minimum(kPanelColumns<E>, columns - i);
+          for (int64_t k = 0; k < m_; k += kPanelColumns<E>) {
+            gemm(rows, minimum(kPanelColumns<E>, m_ - k), depth, g + i * depth, 1, padded<E>(rows), kept(h_, t, k),
+                 dup_sums + i * row_stride_ + k, row_stride_, mode);
+          }
         }
       }
     }
@@ -417,6 +460,12 @@ class Backward {
   }
 
   void store_up_slice(int64_t j, int64_t columns, T* dup_sums) const {
+    Scratch scratch;
+    if constexpr (kSplits) {
+      T* const transposed = dup_sums;
+      dup_sums = scratch.take<T>(kBlockColumns * row_stride_);
+      turn(transposed, kBlockColumns, m_, columns, dup_sums, row_stride_);
+    }
     const Vec<T> scale = broadcast(static_cast<T>(p_.scale));
     for (int64_t i = 0; p_.dup_weight != nullptr && i < columns; ++i) {
       const int64_t at = (j + i) * m_;
@@ -437,7 +486,7 @@ class Backward {
     E* n = scratch.take<E>(panel_size<E>(units<E>(kTokenBlock), kBlockColumns));
     T* normalised = scratch.take<T>(normed_ ? kTokenBlock * kBlockColumns : 0);
     for (int64_t t = 0; t < chunk_size_ || (first_ && t == 0); t += kTokenBlock) {
-      const int64_t tokens = minimum(kTokenBlock, chunk_size_ - t), depth = units<E>(tokens), token = chunk_ + t;
+      const int64_t tokens = minimum(kTokenBlock, chunk_size_ - t), token = chunk_ + t;
       if (normed_) {
         for (int64_t i = 0; i < tokens; ++i) {
           T* row = normalised + i * kBlockColumns;
@@ -449,12 +498,7 @@ class Backward {
         pack_operand(p_.dtype, element(p_.dtype, p_.x, token * p_.x_row_stride + j), p_.x_row_stride, 1, tokens,
                      columns, n);
       }
-      const Mode mode = first_ && t == 0 ? Mode::overwrite : Mode::accumulate;
-      for (int64_t k = 0; k < m_; k += kPanelColumns<E>) {
-        const int64_t rows = minimum(kPanelColumns<E>, m_ - k);
-        gemm(rows, columns, depth, kept(dz_, t, k), 1, padded<E>(rows), n, sums + k * kBlockColumns, kBlockColumns,
-             mode);
-      }
+      multiply_kept(dz_, t, tokens, columns, n, sums);
     }
   }
 
@@ -490,9 +534,13 @@ class Backward {
   }
 
   // The sums of `columns` columns of a few hundred rows at most: eight interleaved sums, for speed and for accuracy.
-  static void column_sums(const T* rows, int64_t count, int64_t stride, int64_t columns, T* sums) {
+  template <class Storage>
+  static void column_sums(const Storage* rows, int64_t count, int64_t stride, int64_t columns, T* sums) {
     for (int64_t j = 0; j < columns; j += kLanes<T>) {
-      const auto load_at = [&](int64_t i) { return load_columns(rows + i * stride, j, columns); };
+      const auto load_at = [&](int64_t i) {
+        const Storage* from = rows + i * stride + j;
+        return j + kLanes<T> <= columns ? load_as<T>(from) : load_first_as<T>(from, columns - j);
+      };
       Vec<T> parts[8] = {};
       int64_t i = 0;
       for (; i + 8 <= count; i += 8) {
@@ -521,8 +569,8 @@ class Backward {
   int64_t chunk_ = 0, chunk_size_ = 0;  // its first token, its tokens
   bool first_ = true, last_ = true;
   Tiles tiles_{};
-  int64_t chunk_units_ = 0;  // what kept() counts in
-  E* dz_ = nullptr;          // (chunk, bottleneck), in panels
+  int64_t chunk_room_ = 0;   // tokens that there is room for
+  E* dz_ = nullptr;          // kept: (chunk, bottleneck)
   E* h_ = nullptr;           // likewise
   T* group_sums_ = nullptr;  // (groups, bottleneck): sums of dZ over a group
 

@@ -2,7 +2,6 @@
 // from memory once, out written once, and of what lies between only the (tokens, bottleneck) `hidden` leaves.
 #include "adapter/adapter_backward.h"
 #include "adapter/adapter_tile.h"
-#include "common/cpu/transpose.h"
 
 namespace lwft::LWFT_ISA {
 namespace {
@@ -10,6 +9,7 @@ namespace {
 template <class E, class X>
 class Forward {
   using T = SumOf<E>;
+  using L = LeftOf<E>;
 
  public:
   explicit Forward(const AdapterForward& p)
@@ -23,11 +23,11 @@ class Forward {
         streams_(may_stream<T>(p.dtype, p.out, p.tokens, d_)) {}
 
   void run() {
-    if constexpr (!kIsPair<E>) {
+    if constexpr (kPanelsAreRows<E>) {
       if (p_.tokens <= kFewTokens) return run_few();
     }
-    const Weights in_place{operand_in_place<E>(p_.param_dtype, p_.down_weight, 0, d_, d_),
-                           operand_in_place<E>(p_.param_dtype, p_.up_weight, 0, m_, m_)};
+    const Weights in_place{operand_in_place<L>(p_.param_dtype, p_.down_weight, 0, d_, d_),
+                           operand_in_place<L>(p_.param_dtype, p_.up_weight, 0, m_, m_)};
     if (p_.tokens <= kTokensPerBottleneck * m_ && in_place.down.data != nullptr && in_place.up.data != nullptr) {
       return run_transposed(in_place);
     }
@@ -44,22 +44,23 @@ class Forward {
     pack(down, up);
     parallel_for(tiles.count, [&](int64_t tile) {
       const int64_t begin = tiles.begin(tile), rows = tiles.size(tile);
-      const int64_t z_stride = padded<T>(m_), h_stride = kIsPair<E> ? buffer_stride<E>(units<E>(m_)) : z_stride;
+      const int64_t z_stride = padded<T>(m_), h_stride = kIsPair<E> ? buffer_stride<L>(units<E>(m_)) : z_stride;
       Scratch scratch;
-      const Tile<E> input = input_rows(begin, rows, scratch);
+      const Tile<L> input = input_rows(begin, rows, scratch);
       T* z = scratch.take<T>(rows * z_stride);
-      E* h = nullptr;
+      L* h = nullptr;
       if constexpr (kIsPair<E>) {
-        h = scratch.take<E>(rows * h_stride);
+        h = scratch.take<L>(rows * h_stride);
       } else {
         h = z;
       }
       down.multiply(rows, input, 0, m_, z, z_stride);
       bottleneck_rows(begin, rows, z, z_stride, h, h_stride);
+      const auto activated = left_of_several<E>({h, h_stride}, rows, m_, scratch);
       T* y = scratch.take<T>(rows * kBlockColumns);
       for (int64_t j = 0; j < d_; j += kBlockColumns) {
         const int64_t columns = minimum(kBlockColumns, d_ - j);
-        up.multiply(rows, {h, h_stride}, j, columns, y, kBlockColumns);
+        up.multiply(rows, activated, j, columns, y, kBlockColumns);
         branch_rows(begin, rows, j, columns, y);
       }
       if (streams_) finish_streaming();
@@ -71,7 +72,7 @@ class Forward {
   // bottleneck is wide; and what one thread packs another has to fetch out of its cache. (T = 128, d = 768, m = 256 on 2
   // threads of a Xeon: 565 us packed.)
   struct Weights {
-    Tile<E> down, up;
+    Tile<L> down, up;
   };
   static constexpr int64_t kTokensPerBottleneck = 2;
   // Up to so many tokens the threads share the weights, else the tokens.
@@ -80,9 +81,9 @@ class Forward {
   void run_transposed(const Weights& weights) {
     const int64_t tokens = p_.tokens;
     if (thread_count() > 1 && tokens <= kSharedTokens) {
-      const Tile<E> input = input_rows(0, tokens, scratch_);
+      const Tile<L> input = input_rows(0, tokens, scratch_);
       T* zt = scratch_.take<T>(m_ * padded<T>(tokens));
-      const Tiles slices = tiles_of(m_, slice_rows(tokens, d_, kTileMultiple));
+      const Tiles slices = tiles_of(m_, slice_rows(tokens, d_, kTileMultiple<E>));
       parallel_for(slices.count, [&](int64_t slice) {
         down_transposed(weights, input, tokens, slices.begin(slice), slices.size(slice), zt);
       });
@@ -97,7 +98,7 @@ class Forward {
     parallel_for(tiles.count, [&](int64_t tile) {
       const int64_t begin = tiles.begin(tile), rows = tiles.size(tile);
       Scratch scratch;
-      const Tile<E> input = input_rows(begin, rows, scratch);
+      const Tile<L> input = input_rows(begin, rows, scratch);
       T* zt = scratch.take<T>(m_ * padded<T>(rows));
       down_transposed(weights, input, rows, 0, m_, zt);
       up_transposed(weights, bottleneck_transposed(begin, rows, zt, scratch), begin, rows, 0, d_);
@@ -112,15 +113,15 @@ class Forward {
   }
 
   // Rows begin .. of Z^T, without the bias.
-  void down_transposed(const Weights& weights, const Tile<E>& input, int64_t tokens, int64_t begin, int64_t rows,
+  void down_transposed(const Weights& weights, const Tile<L>& input, int64_t tokens, int64_t begin, int64_t rows,
                        T* zt) const {
-    constexpr int64_t kDepth = kKBlock * kUnit<E>;
+    constexpr int64_t kDepth = kSumDepth<E>;
     const int64_t stride = padded<T>(tokens);
     Scratch scratch;
-    E* xt = scratch.take<E>(panel_size<E>(kKBlock, tokens));
+    E* xt = scratch.take<E>(panel_size<E>(units<E>(kDepth), tokens));
     for (int64_t k = 0; k < d_; k += kDepth) {
       const int64_t depth = minimum(kDepth, d_ - k);
-      pack_operand(dtype_of<Element<E>>(), elements_of(input.data + units<E>(k)), 1, input.row_stride * kUnit<E>, depth,
+      pack_operand(dtype_of<Element<L>>(), elements_of(input.data + units<E>(k)), 1, input.row_stride * kUnit<E>, depth,
                    tokens, xt);
       gemm(rows, tokens, units<E>(depth), weights.down.row(begin) + units<E>(k), weights.down.row_stride, 1, xt,
            zt + begin * stride, stride, k == 0 ? Mode::overwrite : Mode::accumulate);
@@ -131,17 +132,17 @@ class Forward {
   const E* bottleneck_transposed(int64_t begin, int64_t tokens, const T* zt, Scratch& scratch) const {
     E* ht = scratch.take<E>(panel_size<E>(units<E>(m_), tokens));
     Scratch inner;
-    const int64_t z_stride = padded<T>(m_), h_stride = kIsPair<E> ? buffer_stride<E>(units<E>(m_)) : z_stride;
+    const int64_t z_stride = padded<T>(m_), h_stride = kIsPair<E> ? buffer_stride<L>(units<E>(m_)) : z_stride;
     T* z = inner.take<T>(tokens * z_stride);
-    E* h = nullptr;
+    L* h = nullptr;
     if constexpr (kIsPair<E>) {
-      h = inner.take<E>(tokens * h_stride);
+      h = inner.take<L>(tokens * h_stride);
     } else {
       h = z;
     }
     turn(zt, padded<T>(tokens), m_, tokens, z, z_stride);
     bottleneck_rows(begin, tokens, z, z_stride, h, h_stride);
-    pack_operand(dtype_of<Element<E>>(), elements_of(h), 1, h_stride * kUnit<E>, m_, tokens, ht);
+    pack_operand(dtype_of<Element<L>>(), elements_of(h), 1, h_stride * kUnit<E>, m_, tokens, ht);
     return ht;
   }
 
@@ -157,14 +158,6 @@ class Forward {
       gemm(columns, tokens, units<E>(m_), weights.up.row(j), weights.up.row_stride, 1, ht, yt, stride, Mode::overwrite);
       turn(yt, stride, columns, tokens, y, kBlockColumns);
       branch_rows(begin, tokens, j, columns, y);
-    }
-  }
-
-  // to = (rows, columns) transposed; its rows are written in whole vectors.
-  static void turn(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-    for (int64_t i = 0; i < rows; i += kLanes<T>) {
-      pack_transposed<T>(from + i * from_stride, from_stride, columns, minimum<int64_t>(kLanes<T>, rows - i), to + i,
-                         to_stride);
     }
   }
 
@@ -190,17 +183,17 @@ class Forward {
   }
 
   // LayerNorm(x), or x itself, as E: in place where that is possible.
-  Tile<E> input_rows(int64_t begin, int64_t rows, Scratch& scratch) const {
+  Tile<L> input_rows(int64_t begin, int64_t rows, Scratch& scratch) const {
     if (norm_weight_ == nullptr) {
-      const Tile<E> x = operand_in_place<E>(p_.dtype, p_.x, begin * p_.x_row_stride, p_.x_row_stride, d_);
+      const Tile<L> x = operand_in_place<L>(p_.dtype, p_.x, begin * p_.x_row_stride, p_.x_row_stride, d_);
       if (x.data != nullptr) return x;
     }
-    const int64_t stride = buffer_stride<E>(units<E>(d_));
-    E* buffer = scratch.take<E>(rows * stride);
+    const int64_t stride = buffer_stride<L>(units<E>(d_));
+    L* buffer = scratch.take<L>(rows * stride);
     T* row = scratch.take<T>(d_);
     for (int64_t i = 0; i < rows; ++i) {
       const X* x = static_cast<const X*>(p_.x) + (begin + i) * p_.x_row_stride;
-      Element<E>* to = elements(buffer + i * stride, d_);
+      Element<L>* to = elements(buffer + i * stride, d_);
       if (norm_weight_ != nullptr) {
         norm_row(begin + i, x, row, to);
       } else {
@@ -211,7 +204,7 @@ class Forward {
   }
 
   // to = (x - mean) rstd w + b; row is scratch.
-  void norm_row(int64_t token, const X* x, T* row, Element<E>* to) const {
+  void norm_row(int64_t token, const X* x, T* row, Element<L>* to) const {
     RowSum<T> total;
     for_columns<T>(d_, [&](auto at, int k) LWFT_INLINE {
       const Vec<T> value = load_at<T>(x, at);
@@ -230,7 +223,7 @@ class Forward {
   }
 
   // z += bd, kept for a backward that follows; h = act(z).
-  void bottleneck_rows(int64_t begin, int64_t rows, T* z, int64_t z_stride, E* h, int64_t h_stride) const {
+  void bottleneck_rows(int64_t begin, int64_t rows, T* z, int64_t z_stride, L* h, int64_t h_stride) const {
     visit_storage(p_.param_dtype, [&](auto storage) {
       const bool keeps = p_.hidden != nullptr;
       auto* hidden = keeps ? static_cast<decltype(storage)*>(p_.hidden) + begin * m_ : nullptr;
@@ -246,7 +239,7 @@ class Forward {
     visit_activation(p_.activation, [&](auto activation) {
       for (int64_t i = 0; i < rows; ++i) {
         const T* row = z + i * z_stride;
-        Element<E>* to = elements(h + i * h_stride, m_);
+        Element<L>* to = elements(h + i * h_stride, m_);
         for_columns<T>(m_, [&](auto at, int) LWFT_INLINE {
           Vec<T> value, slope;
           activate<activation()>(load_at<T>(row, at), value, slope);

@@ -8,6 +8,7 @@
 #include "common/cpu/operand.h"
 #include "common/cpu/row.h"
 #include "common/cpu/threads.h"
+#include "common/cpu/transpose.h"
 
 namespace lwft::LWFT_ISA {
 
@@ -20,6 +21,10 @@ constexpr int64_t kSliceProducts = 64 * 1024;
 constexpr int64_t kDotColumns = 4;
 template <class T>
 constexpr int64_t kCombineColumns = 4 * kLanes<T>;
+
+// Floats are multiplied in parts, where the machine can, from so many tokens and so wide a bottleneck on: each number of x
+// is split for its products with the bottleneck, which have to be worth it.
+constexpr int64_t kFewestTokensInParts = 64, kNarrowestInParts = 33;
 
 // Columns of the (tokens, model_dim) branch at a time, out of the cache and into memory: whole panels, and whole
 // blocks of 64 columns of the random stream.
@@ -34,6 +39,15 @@ constexpr int64_t buffer_stride(int64_t n) {
   return (ceil_div(n, kLanes<T>) | 1) * kLanes<T>;
 }
 
+// to = (rows, columns) transposed; its rows are written in whole vectors.
+template <class T>
+void turn(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; i += kLanes<T>) {
+    pack_transposed<T>(from + i * from_stride, from_stride, columns, minimum<int64_t>(kLanes<T>, rows - i), to + i,
+                       to_stride);
+  }
+}
+
 // ---- cutting the tokens ----
 
 // [0, total) in tiles of `rows`; the last may have a few more, see tiles_of.
@@ -44,8 +58,10 @@ struct Tiles {
   int64_t size(int64_t tile) const { return tile + 1 < count ? rows : total - tile * rows; }
 };
 
-// Tiles begin at multiples of it: where a product takes 16 or 32 rows at once, 16 do.
-constexpr int64_t kTileMultiple = 16;
+// Tiles begin at multiples of it: where a product takes 16 or 32 rows at once, 16 do. Rows in parts are kept for products
+// over tokens, in groups of kPartRows.
+template <class E>
+constexpr int64_t kTileMultiple = std::is_same_v<E, FloatParts> ? kPartRows : 16;
 
 // The matrix registers leave four rows and fewer to the vectors, which round otherwise (tile_amx.h). So that no result
 // depends on the cut, no tile is so small unless all is.
@@ -64,7 +80,7 @@ Tiles token_tiles(int64_t tokens, int64_t model_dim) {
   const int64_t row_bytes = model_dim * static_cast<int64_t>(sizeof(SumOf<E>));
   const int64_t most = maximum(kLeastMostRows, minimum(kMostRows, kTileBytes / row_bytes));
   const int64_t tiles = maximum<int64_t>(1, round_up(ceil_div(tokens, most), thread_count()));
-  return tiles_of(tokens, round_up(maximum<int64_t>(1, ceil_div(tokens, tiles)), kTileMultiple));
+  return tiles_of(tokens, round_up(maximum<int64_t>(1, ceil_div(tokens, tiles)), kTileMultiple<E>));
 }
 
 // ---- weights ----
@@ -76,6 +92,37 @@ inline bool shares_packs(const Tiles& tiles) {
   return tiles.count > kTilesPerThread * thread_count() || tiles.rows < kRowsWorthAPack;
 }
 
+// By how many numbers along k a product may be cut, and accumulated, without a change of its bits.
+template <class E>
+constexpr int64_t kSumDepth = std::is_same_v<E, FloatParts> ? kChainDepth : kKBlock * kUnit<E>;
+
+// Rows that are the left-hand side of several products: floats that are multiplied in parts are split once.
+struct SplitTile {
+  const FloatParts* data;
+  int64_t depth;
+};
+template <class E>
+auto left_of_several(const Tile<LeftOf<E>>& a, int64_t rows, int64_t k, Scratch& scratch) {
+  if constexpr (std::is_same_v<E, FloatParts>) {
+    FloatParts* const split = scratch.take<FloatParts>(split_size(rows, k));
+    split_left(rows, k, a.data, a.row_stride, 1, split, 0, k);
+    return SplitTile{split, k};
+  } else {
+    return a;
+  }
+}
+
+// C (+)= the columns first .. first + k - 1 of A times panels.
+template <class E>
+void product(int64_t rows, int64_t n, int64_t k, const Tile<LeftOf<E>>& a, int64_t first, const E* panels, SumOf<E>* c,
+             int64_t ldc, Mode mode) {
+  gemm(rows, n, k, a.data + first, a.row_stride, 1, panels, c, ldc, mode);
+}
+inline void product(int64_t rows, int64_t n, int64_t k, const SplitTile& a, int64_t first, const FloatParts* panels,
+                    float* c, int64_t ldc, Mode mode) {
+  gemm_split(rows, n, k, a.data, first, a.depth, panels, c, ldc, mode);
+}
+
 // A weight as the right-hand side of gemm; if shared, packed in tasks of equal size.
 template <class E>
 class PackedWeight {
@@ -84,7 +131,7 @@ class PackedWeight {
   PackedWeight(DType dtype, const void* data, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n, bool shared,
                Scratch& scratch)
       : dtype_(dtype), data_(data), row_stride_(row_stride), col_stride_(col_stride), k_(k), n_(n) {
-    if constexpr (!kIsPair<E>) {
+    if constexpr (kPanelsAreRows<E>) {
       // One panel of whole vectors is a row-major matrix: a weight that is one already needs no copy.
       if (dtype == dtype_of<E>() && col_stride == 1 && row_stride == n && n == padded<E>(n) && n <= kPanelColumns<E>) {
         panels_ = static_cast<const E*>(data);
@@ -101,34 +148,39 @@ class PackedWeight {
     const int64_t j = task / depths * kPanelColumns<E>, l = task % depths * kDepth;
     const int64_t columns = minimum(kPanelColumns<E>, n_ - j);
     pack_operand(dtype_, element(dtype_, data_, l * row_stride_ + j * col_stride_), row_stride_, col_stride_,
-                 minimum(kDepth, k_ - l), columns, copy_ + j * units<E>(k_) + l / kUnit<E> * padded<E>(columns));
+                 minimum(kDepth, k_ - l), columns,
+                 copy_ + j * depth() + panel_depth<E>(l / kUnit<E>) * padded<E>(columns));
   }
 
   // result = A times the columns j .. j + columns; j is a multiple of kPanelColumns<E>.
-  void multiply(int64_t rows, const Tile<E>& a, int64_t j, int64_t columns, SumOf<E>* result, int64_t stride) const {
+  template <class A>
+  void multiply(int64_t rows, const A& a, int64_t j, int64_t columns, SumOf<E>* result, int64_t stride) const {
     if (panels_ != nullptr) {
-      gemm(rows, columns, units<E>(k_), a.data, a.row_stride, 1, panels_ + j * units<E>(k_), result, stride,
-           Mode::overwrite);
+      product(rows, columns, units<E>(k_), a, 0, panels_ + j * depth(), result, stride, Mode::overwrite);
       return;
     }
     // by the blocks in which gemm takes its sums, so the result is the same
-    constexpr int64_t kBlock = kKBlock * kUnit<E>;
     Scratch scratch;
-    E* panel = scratch.take<E>(panel_size<E>(kKBlock, kPanelColumns<E>));
-    for (int64_t l = 0; l < k_; l += kBlock) {
-      const int64_t depth = minimum(kBlock, k_ - l);
-      for (int64_t i = 0; i < columns; i += kPanelColumns<E>) {
-        const int64_t width = minimum(kPanelColumns<E>, columns - i);
+    E* panels = scratch.take<E>(panel_size<E>(units<E>(kSumDepth<E>), kColumnsAtOnce));
+    for (int64_t l = 0; l < k_; l += kSumDepth<E>) {
+      const int64_t depth = minimum(kSumDepth<E>, k_ - l);
+      for (int64_t i = 0; i < columns; i += kColumnsAtOnce) {
+        const int64_t width = minimum(kColumnsAtOnce, columns - i);
         pack_operand(dtype_, element(dtype_, data_, l * row_stride_ + (j + i) * col_stride_), row_stride_, col_stride_,
-                     depth, width, panel);
-        gemm(rows, width, units<E>(depth), a.data + units<E>(l), a.row_stride, 1, panel, result + i, stride,
-             l == 0 ? Mode::overwrite : Mode::accumulate);
+                     depth, width, panels);
+        product(rows, width, units<E>(depth), a, units<E>(l), panels, result + i, stride,
+                l == 0 ? Mode::overwrite : Mode::accumulate);
       }
     }
   }
 
  private:
   static constexpr int64_t kDepth = 4096 / kPanelColumns<E>;
+  // Columns that are packed just before they are used: few, but where floats are split that is done once for all of them.
+  static constexpr int64_t kColumnsAtOnce = std::is_same_v<E, FloatParts> ? 4 * kPanelColumns<E> : kPanelColumns<E>;
+
+  // E in a column of the panels
+  int64_t depth() const { return panel_depth<E>(units<E>(k_)); }
 
   DType dtype_;
   const void* data_;
@@ -155,6 +207,16 @@ void run_by_dtype(const Parameters& p) {
   if constexpr (kMultipliesBFloat16) {
     const bool all_bfloat16 = p.dtype == DType::bf16 && p.param_dtype == DType::bf16;
     if (all_bfloat16 && p.tokens > kFewTokens) return Kernel<BFloat16Pair, BFloat16>(p).run();
+  }
+  if constexpr (kSplitsFloat) {
+    const bool pays = p.tokens >= kFewestTokensInParts && p.bottleneck >= kNarrowestInParts;
+    if (pays && p.dtype != DType::f64) {
+      switch (p.dtype) {
+        case DType::bf16: return Kernel<FloatParts, BFloat16>(p).run();
+        case DType::f16: return Kernel<FloatParts, Float16>(p).run();
+        default: return Kernel<FloatParts, float>(p).run();
+      }
+    }
   }
   switch (p.dtype) {
     case DType::f64: return Kernel<double, double>(p).run();

@@ -116,18 +116,18 @@ py::array gemm_bfloat16(const std::string& level, const py::array& a, const py::
   return out;
 }
 
-// As gemm, with the rows first .. first + k - 1 of b (packed, n), k the columns of a.
+// As gemm, with the rows first .. first + k - 1 of b (packed, n), k the columns of a, which may be split beforehand.
 py::array gemm_parts(const std::string& level, const py::array& a, const py::array& b, const py::object& c,
-                     int64_t margin, int64_t first) {
+                     int64_t margin, int64_t first, bool split) {
   if (probes(level).gemm_parts == nullptr) throw py::value_error(level + " does not split floats");
   const int64_t m = a.shape(0), k = a.shape(1), packed = b.shape(0), n = b.shape(1);
-  if (first % 32 != 0 || first + k > packed) throw py::value_error("no such rows");
+  if (first % 32 != 0 || first + k > packed || (split && k < packed)) throw py::value_error("no such rows");
   py::array panels = empty(DType::f32, {probes(level).part_panels(packed, n)});
   probes(level).pack_part_panels(matrix(b), packed, n, panels.mutable_data());
   const int64_t ldc = probes(level).padded(DType::f32, n) + margin;
   py::array out = product_buffer(DType::f32, m, ldc, c);
   probes(level).gemm_parts(m, n, k, static_cast<const float*>(a.data()), stride(a, 0), stride(a, 1), panels.data(),
-                           first, packed, static_cast<float*>(out.mutable_data()), ldc, !c.is_none());
+                           first, packed, static_cast<float*>(out.mutable_data()), ldc, !c.is_none(), split);
   return out;
 }
 
@@ -185,7 +185,7 @@ void bind_common(py::module_& m) {
         arg("pack_a") = false);
   m.def("splits_float", [](const std::string& level) { return probes(level).gemm_parts != nullptr; });
   m.def("gemm_parts", gemm_parts, arg("level"), arg("a"), arg("b"), arg("c") = py::none(), arg("margin") = 0,
-        arg("first") = 0);
+        arg("first") = 0, arg("split") = false);
   m.def("gemm", gemm, arg("level"), arg("a"), arg("b"), arg("c") = py::none(), arg("margin") = 0);
   m.def(
       "dot_rows",

@@ -35,9 +35,9 @@ struct Probes {
   // floats in parts: how many words the panels take; null without matrix registers
   int64_t (*part_panels)(int64_t k, int64_t n);
   void (*pack_part_panels)(ProbeMatrix b, int64_t k, int64_t n, void* panels);
-  // with the rows first .. first + k - 1 of `packed`
+  // with the rows first .. first + k - 1 of `packed`, or, with all of them, of an a that is split beforehand
   void (*gemm_parts)(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const void* panels,
-                     int64_t first, int64_t packed, float* c, int64_t ldc, bool accumulate);
+                     int64_t first, int64_t packed, float* c, int64_t ldc, bool accumulate, bool split);
   void (*dot_rows)(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b, void* c,
                    int64_t ldc, bool accumulate);
   void (*combine_rows)(DType type, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, ProbeMatrix b, void* c,

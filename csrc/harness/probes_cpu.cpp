@@ -105,9 +105,16 @@ void pack_parts(ProbeMatrix b, int64_t k, int64_t n, void* panels) {
 }
 
 void multiply_parts(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const void* panels,
-                    int64_t first, int64_t packed, float* c, int64_t ldc, bool accumulate) {
-  gemm_with_rows(m, n, k, a, a_row, a_col, static_cast<const FloatParts*>(panels), first, packed, c, ldc,
-                 mode_of(accumulate));
+                    int64_t first, int64_t packed, float* c, int64_t ldc, bool accumulate, bool split) {
+  const auto* const b = static_cast<const FloatParts*>(panels);
+  if (!split) return gemm_with_rows(m, n, k, a, a_row, a_col, b, first, packed, c, ldc, mode_of(accumulate));
+  Scratch scratch;
+  FloatParts* const left = scratch.take<FloatParts>(split_size(m, k));
+  constexpr int64_t kAtOnce = 2 * kPartRows;
+  for (int64_t l = 0; l < k; l += kAtOnce) {
+    split_left(m, minimum(kAtOnce, k - l), a + l * a_col, a_row, a_col, left, l, k);
+  }
+  gemm_split(m, n, k, left, 0, k, b, c, ldc, mode_of(accumulate));
 }
 #else
 constexpr decltype(Probes::part_panels) size_of_parts = nullptr;

@@ -161,7 +161,8 @@ void test_case(const CpuKernels& level, const Case& c) {
 int main() {
   return run_on_every_level([](const CpuKernels& level) {
     for (const Case& c : {Case{0, 33, 5, true, 0.3}, Case{1, 7, 3, false, 0.0}, Case{5, 97, 17, true, 0.3},
-                          Case{31, 150, 64, false, 0.3}, Case{53, 33, 70, true, 0.0}, Case{2100, 9, 4, true, 0.1},
+                          Case{31, 150, 64, false, 0.3}, Case{53, 33, 70, true, 0.0}, Case{67, 530, 50, true, 0.3},
+                          Case{150, 70, 37, false, 0.0}, Case{2100, 9, 4, true, 0.1}, Case{2100, 17, 35, true, 0.1},
                           Case{3, 1500, 70, false, 0.3}, Case{1, 1300, 128, false, 0.0}}) {
       test_case<float>(level, c);
       test_case<double>(level, c);

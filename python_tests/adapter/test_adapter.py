@@ -267,7 +267,10 @@ def test_checkpoint_draws_the_same_dropout(tokens):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("tokens,d,m", [(3, 1024, 160), (130, 300, 24), (2300, 60, 5)])
+@pytest.mark.parametrize(
+    "tokens,d,m",
+    [(3, 1024, 160), (130, 300, 24), (2300, 60, 5), (100, 1100, 64), (300, 770, 37), (2300, 100, 40)],
+)
 def test_same_bits_for_every_thread_count(tokens, d, m, norm, dtype):
     a = make(tokens, d, m, **{**EVERYTHING, "norm": norm})
     a = {n: t.detach().to(dtype).requires_grad_() if isinstance(t, torch.Tensor) else t for n, t in a.items()}

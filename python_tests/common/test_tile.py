@@ -158,6 +158,30 @@ def test_gemm_of_floats_in_parts(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", SPLITTING)
+def test_a_left_hand_side_that_is_split_beforehand(level: str) -> None:
+    layouts = itertools.cycle(["rows", "columns"])
+    for m, n, k in SIZES:
+        a, b = random_matrix(m, k, np.float32, next(layouts)), random_matrix(k, n, np.float32)
+        expected = lwft_harness.gemm_parts(level, a, b, margin=MARGIN)
+        before = random_matrix(m, expected.shape[1], np.float32)
+        for c in (None, before):
+            expected, actual = (
+                lwft_harness.gemm_parts(level, a, b, c=c, margin=MARGIN, split=split) for split in (False, True)
+            )
+            np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("level", SPLITTING)
+def test_a_sum_in_pieces_has_the_bits_of_the_whole(level: str) -> None:
+    """Cut at multiples of 512 (kChainDepth)."""
+    a, b = random_matrix(50, 1300, np.float32), random_matrix(1300, 70, np.float32)
+    pieces = None
+    for k in range(0, 1300, 512):
+        pieces = lwft_harness.gemm_parts(level, a[:, k : k + 512], b[k : k + 512], c=pieces)
+    np.testing.assert_array_equal(pieces, lwft_harness.gemm_parts(level, a, b))
+
+
+@pytest.mark.parametrize("level", SPLITTING)
 def test_some_rows_of_what_is_packed(level: str) -> None:
     b = random_matrix(300, 150, np.float32)
     for first, k in [(0, 300), (0, 65), (32, 32), (64, 100), (256, 44), (288, 1)]:

@@ -190,6 +190,18 @@ void pack_part_panels(DType dtype, const void* source, int64_t row_stride, int64
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const FloatParts* panels,
           float* c, int64_t ldc, Mode mode);
 
+// A chain of sums is as accurate as those of gemm<float> up to so many numbers; what is left are sums of their own, which are
+// added to C. So a product that is cut along k at multiples of it, and accumulated, has the bits of the whole.
+constexpr int64_t kChainDepth = 512;
+
+// An A that several products share is split once. Of a split (m, depth) A, which takes split_size(m, depth) words, the first
+// function fills the columns first .. first + k - 1 and the second multiplies by them; first is a multiple of kPartRows.
+constexpr int64_t split_size(int64_t m, int64_t depth) { return round_up(m, 16) * panel_depth<FloatParts>(depth); }
+void split_left(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, FloatParts* split, int64_t first,
+                int64_t depth);
+void gemm_split(int64_t m, int64_t n, int64_t k, const FloatParts* split, int64_t first, int64_t depth,
+                const FloatParts* panels, float* c, int64_t ldc, Mode mode);
+
 // The product with the rows first .. first + k - 1 of a packed B of `packed` rows; first is a multiple of kPartRows.
 template <class E>
 void gemm_with_rows(int64_t m, int64_t n, int64_t k, const LeftOf<E>* a, int64_t a_row, int64_t a_col, const E* panels,

@@ -158,6 +158,12 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_
           float* c, int64_t ldc, Mode mode) {
   gemm_with_rows(m, n, k, a, a_row, a_col, panels, 0, k, c, ldc, mode);
 }
+
+void gemm_split(int64_t m, int64_t n, int64_t k, const FloatParts* split, int64_t first, int64_t depth,
+                const FloatParts* panels, float* c, int64_t ldc, Mode mode) {
+  if (k == 0 && mode == Mode::overwrite) clear_rows(m, padded<FloatParts>(n), c, ldc);
+  gemm_on_split_parts(m, n, k, split, first, depth, panels, c, ldc, mode);
+}
 #endif
 
 template <class E>

@@ -154,8 +154,6 @@ inline void pack_parts(const Storage* source, int64_t row_stride, int64_t col_st
 
 // What becomes of a product: C itself; the end of the chain of sums that is C; or a sum of its own, which is added to C.
 enum class Into { fresh, chain, sum };
-// A chain is as accurate as those of gemm<float> up to so many numbers.
-constexpr int64_t kChainDepth = 512;
 static_assert(kChainDepth % kSplitDepth == 0);
 
 // The products of parts in the order in which fewest tiles are read.
@@ -221,13 +219,19 @@ template <int Rows, int Columns>
   }
 }
 
+// Where the tiles of some rows of A are: those of the next kTileSide rows next_rows on.
+struct SplitRows {
+  const FloatParts* data;
+  int64_t next_rows;
+};
+
 // `rows` rows, of one or two tiles, times a panel, in the shapes that are set.
-void part_panel(int64_t rows, int64_t groups, const FloatParts* a, const FloatParts* panel, int64_t width, float* c,
+void part_panel(int64_t rows, int64_t groups, SplitRows a, const FloatParts* panel, int64_t width, float* c,
                 int64_t ldc, Into into) {
-  const int64_t next_rows = groups * kParts * kTileWords, column_tiles = width / kTileSide;
+  const int64_t column_tiles = width / kTileSide;
   const auto block = [&](auto row_tiles, auto columns, int64_t j) {
-    part_block<row_tiles, columns>(rows, groups, a, next_rows, panel + j * kTileSide, width, c + j * kTileSide, ldc,
-                                   into);
+    part_block<row_tiles, columns>(rows, groups, a.data, a.next_rows, panel + j * kTileSide, width, c + j * kTileSide,
+                                   ldc, into);
   };
   constexpr std::integral_constant<int, 1> kOne{};
   constexpr std::integral_constant<int, 2> kTwo{};
@@ -247,25 +251,24 @@ void part_panel(int64_t rows, int64_t groups, const FloatParts* a, const FloatPa
   }
 }
 
-void gemm_on_parts(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col,
-                   const FloatParts* panels, int64_t first, int64_t packed, float* c, int64_t ldc, Mode mode) {
-  alignas(64) FloatParts split[kSplitRows * panel_depth<FloatParts>(kSplitDepth)];
+// C (+)= A B, B packed, of whose `packed` rows the product has those from `first` on. rows_of(i, l, rows, depth) splits so
+// many rows of A from row i on, and columns from l on.
+template <class RowsOf>
+inline void add_products(int64_t m, int64_t n, int64_t k, const RowsOf& rows_of, const FloatParts* panels,
+                         int64_t first, int64_t packed, float* c, int64_t ldc, Mode mode) {
   for (int64_t l = 0; l < k; l += kSplitDepth) {
     const int64_t depth = minimum(kSplitDepth, k - l), groups = ceil_div(depth, kPartRows);
     const Into into = mode == Mode::accumulate || l >= kChainDepth ? Into::sum : l > 0 ? Into::chain : Into::fresh;
     for (int64_t i = 0; i < m; i += kSplitRows) {
       const int64_t rows = minimum(kSplitRows, m - i), whole = rows / kTileSide * kTileSide;
-      for (int64_t r = 0; r < rows; r += kTileSide) {
-        split_rows(a + (i + r) * a_row + l * a_col, a_row, a_col, minimum(kTileSide, rows - r), depth,
-                   split + r * panel_depth<FloatParts>(depth));
-      }
+      const SplitRows a = rows_of(i, l, rows, depth);
       for (const bool rest : {false, true}) {
         const int64_t r = rest ? whole : 0, count = rest ? rows - whole : whole;
         if (count == 0) continue;
         set_tile_shapes(minimum(kTileSide, count), kTileSide);
         for (int64_t j = 0; j < n; j += kPanelColumns<FloatParts>) {
           const int64_t width = minimum(kPanelColumns<FloatParts>, padded<FloatParts>(n - j));
-          part_panel(count, groups, split + r * panel_depth<FloatParts>(depth),
+          part_panel(count, groups, {a.data + r / kTileSide * a.next_rows, a.next_rows},
                      panels + j * panel_depth<FloatParts>(packed) + panel_depth<FloatParts>(first + l) * width, width,
                      c + (i + r) * ldc + j, ldc, into);
         }
@@ -275,6 +278,28 @@ void gemm_on_parts(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_ro
   if (shapes_set == kOutside) release_tiles();
 }
 
+void gemm_on_parts(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col,
+                   const FloatParts* panels, int64_t first, int64_t packed, float* c, int64_t ldc, Mode mode) {
+  alignas(64) FloatParts split[kSplitRows * panel_depth<FloatParts>(kSplitDepth)];
+  const auto rows_of = [&](int64_t i, int64_t l, int64_t rows, int64_t depth) {
+    const int64_t next_rows = split_size(kTileSide, depth);
+    for (int64_t r = 0; r < rows; r += kTileSide) {
+      split_rows(a + (i + r) * a_row + l * a_col, a_row, a_col, minimum(kTileSide, rows - r), depth,
+                 split + r / kTileSide * next_rows);
+    }
+    return SplitRows{split, next_rows};
+  };
+  add_products(m, n, k, rows_of, panels, first, packed, c, ldc, mode);
+}
+
+void gemm_on_split_parts(int64_t m, int64_t n, int64_t k, const FloatParts* split, int64_t first, int64_t depth,
+                         const FloatParts* panels, float* c, int64_t ldc, Mode mode) {
+  const auto rows_of = [&](int64_t i, int64_t l, int64_t, int64_t) {
+    return SplitRows{split + split_size(i, depth) + split_size(kTileSide, first + l), split_size(kTileSide, depth)};
+  };
+  add_products(m, n, k, rows_of, panels, 0, k, c, ldc, mode);
+}
+
 }  // namespace
 
 void pack_part_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
@@ -282,6 +307,14 @@ void pack_part_panels(DType dtype, const void* source, int64_t row_stride, int64
   visit_storage(dtype, [&](auto storage) {
     pack_parts(static_cast<const decltype(storage)*>(source), row_stride, col_stride, k, n, panels);
   });
+}
+
+void split_left(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, FloatParts* split, int64_t first,
+                int64_t depth) {
+  for (int64_t i = 0; i < m; i += kTileSide) {
+    split_rows(a + i * a_row, a_row, a_col, minimum(kTileSide, m - i), k,
+               split + split_size(i, depth) + split_size(kTileSide, first));
+  }
 }
 
 }  // namespace lwft::LWFT_ISA
