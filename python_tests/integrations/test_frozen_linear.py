@@ -33,9 +33,11 @@ def product(monkeypatch):
     if library_says(torch.float32, 1024, 1024, 1024):
         return
     monkeypatch.setattr(frozen, "_is_own", {})
-    monkeypatch.setattr(
-        frozen, "_library_says", lambda dtype, rows, d_in, d_out: min(rows, d_in, d_out) >= 64 and d_out % 16 == 0
-    )
+
+    def as_with_amx(dtype, rows, d_in, d_out):
+        return dtype == torch.float32 and rows >= 64 and min(d_in, d_out) >= 256 and d_out % 16 == 0
+
+    monkeypatch.setattr(frozen, "_library_says", as_with_amx)
 
 
 def bert():
@@ -264,4 +266,4 @@ def test_what_leaves_the_process_is_torchs():
     program = torch.export.export(model, (x,))
     assert not any("lwft" in str(node.target) for node in program.graph.nodes)
     traced = torch.jit.trace(model, x)
-    assert "lwft" not in str(traced.inlined_graph) and "aten::linear" in str(traced.inlined_graph)
+    assert "lwft::" not in str(traced.inlined_graph) and "aten::linear" in str(traced.inlined_graph)
