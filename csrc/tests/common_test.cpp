@@ -79,7 +79,8 @@ void test_parts(const lwft::Probes& probes, const char* isa) {
   for (const int64_t m : {0, 1, 15, 16, 17, 33, 50}) {
     for (const int64_t n : {0, 1, 16, 33, 64, 100}) {
       for (const int64_t k : {0, 1, 16, 31, 67, 300}) {
-        for (const bool transposed : {false, true}) {
+        for (const int way : {0, 1, 2, 3}) {
+          const bool transposed = way % 2 == 1, split = way / 2 == 1;
           const std::vector<float> a = whole_numbers<float>(m * k, 1), b = whole_numbers<float>(k * n, 2);
           const int64_t a_row = transposed ? 1 : k, a_col = transposed ? m : 1;
           const int64_t b_row = transposed ? 1 : n, b_col = transposed ? k : 1;
@@ -87,7 +88,7 @@ void test_parts(const lwft::Probes& probes, const char* isa) {
           std::vector<float> panels(static_cast<size_t>(probes.part_panels(k, n)));
           std::vector<float> c(static_cast<size_t>(m * ldc), 3.0f);
           probes.pack_part_panels({lwft::DType::f32, b.data(), b_row, b_col}, k, n, panels.data());
-          probes.gemm_parts(m, n, k, a.data(), a_row, a_col, panels.data(), 0, k, c.data(), ldc, transposed);
+          probes.gemm_parts(m, n, k, a.data(), a_row, a_col, panels.data(), 0, k, c.data(), ldc, transposed, split);
           bool same = true;
           for (int64_t i = 0; i < m; ++i) {
             for (int64_t j = 0; j < n; ++j) {
