@@ -28,7 +28,7 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear.forward`. Weights that are trained after all, or sharded, or quantised, are torch's."""
         traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        if type(input) is Tensor and input.is_cpu and not traced:
+        if type(input) is Tensor and input.is_cpu and not traced and backend.leave_small_calls:
             # so many calls of a model that generates are small that a microsecond counts
             d_in, d_out = self.in_features, self.out_features
             if d_in and frozen.is_own(input.dtype, input.numel() // d_in, d_in, d_out) is False:

@@ -51,7 +51,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         own = is_own(x.dtype, x.numel() // d_in, d_in, d_out)
     except (AttributeError, TypeError, ValueError, RuntimeError, ZeroDivisionError):
         return _by_torch(x, weight, bias)
-    if own or backend.current_backend() == "native":
+    if own or backend.current_backend() == "native" or (own is False and not backend.leave_small_calls):
         if backend.attempts(x):
             declined = _why_not(x, weight, bias)
             if declined is None:

@@ -251,6 +251,7 @@ def test_compile_of_a_model():
     assert report.unreached() == []
 
 
+@pytest.mark.usefixtures("small_calls")
 def test_generation_and_other_small_calls():
     model = llama().eval()
     ids = torch.randint(0, 64, (1, 4))

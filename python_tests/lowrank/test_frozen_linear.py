@@ -125,6 +125,7 @@ def test_same_bits_for_every_thread_count(rows):
 
 
 @needs_own_product
+@pytest.mark.usefixtures("small_calls")
 def test_large_calls_are_ours_and_small_ones_torchs():
     x, weight, bias = tensors()
     ours = LF.frozen_linear(x, weight, bias)
