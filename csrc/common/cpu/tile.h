@@ -1,4 +1,5 @@
-// Small matrix products out of cache: the one GEMM micro-kernel family of the package. T is float or double.
+// Small matrix products out of cache: the one GEMM micro-kernel family of the package. T is float or double; what is further
+// down does the same with pairs of bfloat16, and with floats that matrix registers multiply in three bfloat16 parts.
 //
 //     gemm:  C[m, n] (+)= A[m, k] B[k, n]
 //
@@ -153,7 +154,7 @@ constexpr int64_t pairs(int64_t k) { return ceil_div(k, 2); }
 void pack_pair_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
                       BFloat16Pair* panels);
 
-// ---- float times float in matrix registers, at about three times the rate of the vectors
+// ---- float times float in matrix registers, up to twice as fast as in vectors (64 x 256 sums over 64: 370 GFLOP/s, 200)
 
 // A word of panels in which every float stands as the three bfloat16 that add up to it (tile_parts.h). A is of floats, and
 // split on its way into the product, so k, a_row and a_col count floats. The sums are as accurate as those of gemm<float>.
@@ -186,7 +187,7 @@ using LeftOf = typename LeftType<E>::type;
 
 void pack_part_panels(DType dtype, const void* source, int64_t row_stride, int64_t col_stride, int64_t k, int64_t n,
                       FloatParts* panels);
-// Of A a_row or a_col is 1. Columns from j on are at panels + j * panel_depth<FloatParts>(k).
+// A with any strides, fast where one of them is 1. Columns from j on are at panels + j * panel_depth<FloatParts>(k).
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const FloatParts* panels,
           float* c, int64_t ldc, Mode mode);
 
