@@ -378,7 +378,9 @@ void forward(const AttentionForward& p) {
   if constexpr (kMultipliesBFloat16) {
     if (p.shape.dtype == DType::bf16) return forward_many<BFloat16Pair>(p);
   }
-  if constexpr (kSplitsFloat) return forward_many<FloatParts>(p);
+  if constexpr (kSplitsFloat) {
+    if (HeadGroup::rows(p.shape) >= kFewestRowsInParts) return forward_many<FloatParts>(p);
+  }
   forward_many<float>(p);
 }
 
