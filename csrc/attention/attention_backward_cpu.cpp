@@ -596,12 +596,12 @@ void backward_as(const AttentionBackward& p) {
 // In the table of attention_cpu.cpp.
 void attention_backward(const AttentionBackward& p) {
   if (p.shape.dtype == DType::f64) return backward_as<double>(p);
-  const int64_t rows = HeadGroup::rows(p.shape);
   if constexpr (kMultipliesBFloat16) {
-    if (p.shape.dtype == DType::bf16 && rows > kFewRows) return backward_as<BFloat16Pair>(p);
+    const bool many = HeadGroup::rows(p.shape) > kFewRows;
+    if (p.shape.dtype == DType::bf16 && many) return backward_as<BFloat16Pair>(p);
   }
   if constexpr (kSplitsFloat) {
-    if (rows >= kFewestRowsInParts) return backward_as<FloatParts>(p);
+    if (takes_parts(p.shape)) return backward_as<FloatParts>(p);
   }
   backward_as<float>(p);
 }

@@ -379,7 +379,7 @@ void forward(const AttentionForward& p) {
     if (p.shape.dtype == DType::bf16) return forward_many<BFloat16Pair>(p);
   }
   if constexpr (kSplitsFloat) {
-    if (HeadGroup::rows(p.shape) >= kFewestRowsInParts) return forward_many<FloatParts>(p);
+    if (takes_parts(p.shape)) return forward_many<FloatParts>(p);
   }
   forward_many<float>(p);
 }

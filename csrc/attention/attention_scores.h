@@ -19,10 +19,6 @@ constexpr int64_t kScoreRows = round_up(48, kTileRows<E>);
 // Up to so many rows per key head, keys are read as they lie: packing them would cost more than it saves.
 constexpr int64_t kFewRows = 8;
 
-// From so many rows per key head on floats are multiplied in parts, whose panels take longer to pack. (32 rows on 32 keys by
-// parts 0.8 times as fast as by vectors, 64 on 64 and on 512 as fast or 1.1 times.)
-constexpr int64_t kFewestRowsInParts = 64;
-
 // begin .. end - 1
 struct Range {
   int64_t begin, end;
@@ -92,6 +88,13 @@ struct HeadGroup {
     return keys;
   }
 };
+
+// Whether floats are multiplied in parts, whose panels take longer to pack: from so many rows per key head on. And a narrow
+// head is filled up to kPartRows. (32 rows on 32 keys by parts 0.8 times as fast as by vectors, 64 on 64 and on 512 as fast
+// or 1.1 times; heads of 16 0.9 times, of 24 and 32 as fast.)
+inline bool takes_parts(const AttentionShape& shape) {
+  return kSplitsFloat && HeadGroup::rows(shape) >= 64 && shape.head_dim > 16;
+}
 
 // Keys and values of a HeadGroup: the prefix, which every row sees as it is, or the keys proper.
 struct Segment {
