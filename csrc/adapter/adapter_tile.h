@@ -39,15 +39,6 @@ constexpr int64_t buffer_stride(int64_t n) {
   return (ceil_div(n, kLanes<T>) | 1) * kLanes<T>;
 }
 
-// to = (rows, columns) transposed; its rows are written in whole vectors.
-template <class T>
-void turn(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-  for (int64_t i = 0; i < rows; i += kLanes<T>) {
-    pack_transposed<T>(from + i * from_stride, from_stride, columns, minimum<int64_t>(kLanes<T>, rows - i), to + i,
-                       to_stride);
-  }
-}
-
 // ---- cutting the tokens ----
 
 // [0, total) in tiles of `rows`; the last may have a few more, see tiles_of.

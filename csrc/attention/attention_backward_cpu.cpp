@@ -461,14 +461,11 @@ void tile_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, const S
 
 // Sums of a block: (padded D, kBlockKeys) becomes (keys, padded D).
 template <class T>
-void turn(int64_t keys, int64_t d, int64_t d_padded, T* sums) {
+void turn_sums(int64_t keys, int64_t d, int64_t d_padded, T* sums) {
   Scratch scratch;
   T* const from = scratch.take<T>(d * kBlockKeys);
   __builtin_memcpy(from, sums, static_cast<size_t>(d * kBlockKeys) * sizeof(T));
-  for (int64_t j = 0; j < d; j += kLanes<T>) {
-    lwft::LWFT_ISA::pack_transposed(from + j * kBlockKeys, kBlockKeys, keys, minimum<int64_t>(kLanes<T>, d - j),
-                                    sums + j, d_padded);
-  }
+  turn(from, kBlockKeys, d, keys, sums, d_padded);
 }
 
 // Rows of dk or dv, times `scale`, to where they belong.
@@ -512,8 +509,8 @@ void block_gradients(const BackwardPlan<T>& plan, const HeadGroup& group, int64_
   }
   start_key_gradients(block.size(), plan.d_padded, false, buffers);  // where no row sees any
   if constexpr (kSumsTransposed<E>) {
-    if (dk_wanted) turn(block.size(), plan.d, plan.d_padded, buffers.dk);
-    if (dv_wanted) turn(block.size(), plan.d, plan.d_padded, buffers.dv);
+    if (dk_wanted) turn_sums(block.size(), plan.d, plan.d_padded, buffers.dk);
+    if (dv_wanted) turn_sums(block.size(), plan.d, plan.d_padded, buffers.dv);
   }
   if (dk_wanted) {
     store_key_gradient(plan, group, prefix, block, buffers.dk, scores_scale<E>(group), p.dk, p.dprefix_k,

@@ -61,4 +61,13 @@ inline void pack_transposed(const Storage* source, int64_t col_stride, int64_t k
   pack_transposed_bytes<T, Storage>(source, col_stride * kBytes, k, columns, to, width);
 }
 
+// to = (rows, columns) transposed; its rows are written in whole vectors.
+template <class T>
+inline void turn(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; i += kLanes<T>) {
+    pack_transposed<T>(from + i * from_stride, from_stride, columns, minimum<int64_t>(kLanes<T>, rows - i), to + i,
+                       to_stride);
+  }
+}
+
 }  // namespace lwft::LWFT_ISA
