@@ -293,9 +293,7 @@ void multiply(const PackedProduct& p) {
       for (int64_t group = 0; group < w.groups(); ++group) {
         add_block(w, group, step, gradient, tokens, sums, width, group == 0 ? Mode::overwrite : Mode::accumulate);
       }
-      for (int64_t i = 0; i < inputs; i += kLanes<T>) {
-        pack_transposed(sums + i * width, width, tokens, minimum<int64_t>(kLanes<T>, inputs - i), turned + i, wide);
-      }
+      turn(sums, width, inputs, tokens, turned, wide);
       for (int64_t i = 0; i < tokens; ++i)
         add_row<E>(p, first + i, step * kDepth * kUnit<E>, turned + i * wide, inputs);
     });
